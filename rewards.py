@@ -1,0 +1,202 @@
+"""What an answer is worth, what an episode is worth, and what a file of predictions is worth.
+
+What it teaches: the reward is the only thing the model learns from, so each number here is plain arithmetic that can be
+done by hand. Scoring an answer comes first (`normalize`, `f1`, `exact_match`, `score_answer`), then an episode
+(`episode_reward`), then a benchmark (`summarize`, `score_predictions`, `compare`).
+
+Two scorers. "official" is the paper's, quirks included, and gives its published numbers to the last digit: F1 shares
+*sets* of tokens but divides by the lengths of the lists (a repeated word costs), exact match makes F1 one, text with a
+Chinese character is compared character by character. "repaired" mends what is broken in golds and scorer:
+  - a gold with a backslash and an n where a line break belongs (15 of MAT-Coding's 200) can be matched;
+  - F1 counts tokens as often as they occur, and white space never counts as a Chinese character;
+  - an answer that is an article ("A" of a multiple choice) or only punctuation is compared as it stands;
+  - an empty gold (MAT-Search, id 101) is matched by nothing, where "official" gives an empty answer full marks.
+
+Read next: rollout.py, which makes the episodes; grpo.py, which turns rewards into advantages.
+Left out: the paper's search reward (a sentence-embedding similarity to a gold query), which needs a further model.
+"""
+import math
+import re
+import string
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.mat import DataError, Sample, field, read_rows, split_of, text_list
+
+SCORERS = ("official", "repaired")
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# The full-width twin of an ASCII sign lies 0xFEE0 further on. MAT-Coding's scorer drops these as well.
+ALL_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’、。｡《》【】" +
+                                "".join(chr(ord(c) + 0xFEE0) for c in string.punctuation))
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+CHINESE = re.compile("[\u4e00-\u9fff]")
+# A backslash and an n that stand for a line break; \neq, \nu and their like in LaTeX golds stay.
+LITERAL_NEWLINE = re.compile(r"\\n(?!(?:abla|eq?|eg|ot(?:in)?|u|ewline)(?![a-z]))")
+
+
+# --- one answer ----------------------------------------------------------------------------------------------------
+
+
+def normalize(text: str, chinese: bool = True) -> str:
+    """Lower case without punctuation, articles and extra white space (SQuAD's rules); Chinese text loses its blanks
+    and keeps its articles. `chinese=False` is the text-only tasks' scorer, which knows no Chinese.
+
+    >>> normalize("The  Night-Watch, (1642)!"), normalize("发票 号码：16 A。")
+    ('nightwatch 1642', '发票号码16a')
+    """
+    text = text.lower().translate(ALL_PUNCTUATION if chinese else ASCII_PUNCTUATION)
+    if chinese and CHINESE.search(text):
+        return text.replace(" ", "")    # blanks only: a line break stays, as in the published scorer
+    return " ".join(ARTICLES.sub(" ", text).split())
+
+
+def tokens(prediction: str, gold: str, chinese: bool) -> tuple[list[str], list[str]]:
+    """Words of two normalized texts; characters as soon as one of the two is Chinese."""
+    if chinese and (CHINESE.search(prediction) or CHINESE.search(gold)):
+        return list(prediction), list(gold)
+    return prediction.split(), gold.split()
+
+
+def harmonic(common: int, n_prediction: int, n_gold: int) -> float:
+    """F1 from counts: the harmonic mean of precision common / n_prediction and recall common / n_gold."""
+    return 2 * common / (n_prediction + n_gold) if common else 0.0
+
+
+def f1(prediction: str, gold: str, chinese: bool = True) -> float:
+    """The official token F1, in [0, 1]: shared *distinct* tokens over the full lengths.
+
+    >>> round(f1("the selected date is March 14, 2017", "March 14, 2017"), 3)       # 3 of 6 tokens, all 3 found
+    0.667
+    >>> f1("New York New York", "New York New York")        # the quirk; `score_answer` lifts it, as an exact match is 1
+    0.5
+    """
+    p, g = tokens(normalize(prediction, chinese), normalize(gold, chinese), chinese)
+    return harmonic(len(set(p) & set(g)), len(p), len(g))
+
+
+def exact_match(prediction: str, gold: str, chinese: bool = True) -> float:
+    """1.0 if the two are equal once normalized, else 0.0.
+
+    >>> exact_match("1 can (473mL).", "1 Can (473ml)"), exact_match("1 can", "1 Can (473ml)")
+    (1.0, 0.0)
+    """
+    return float(normalize(prediction, chinese) == normalize(gold, chinese))
+
+
+def repaired_scores(prediction: str, gold: str, chinese: bool) -> tuple[float, float]:
+    """(f1, em) of one gold as the module's docstring describes for "repaired"."""
+    gold = LITERAL_NEWLINE.sub("\n", gold)
+    if not gold.strip():
+        return 0.0, 0.0
+    rules = (lambda text: normalize(text, chinese), lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),
+             lambda text: " ".join(text.lower().split()))
+    rule = next(rule for rule in rules if rule(gold))       # the strictest that leaves something of the gold
+    p, g = tokens(rule(prediction), rule(gold), chinese)
+    p, g = [t for t in p if not t.isspace()], [t for t in g if not t.isspace()]
+    return harmonic((Counter(p) & Counter(g)).total(), len(p), len(g)), float(p == g)
+
+
+def score_answer(prediction: str | None, golds, scorer: str = "official", chinese: bool = True) -> tuple[float, float]:
+    """(f1, em), each the best over the golds; no answer (None) is (0, 0). The paper's Tables 1 and 2 are means of it.
+
+    >>> score_answer("New York New York", ["NYC", "new york new york!"])
+    (1.0, 1.0)
+    >>> score_answer("FOOD DIRECTORY", [r"FOOD\\nDIRECTORY"]), score_answer("FOOD DIRECTORY", [r"FOOD\\nDIRECTORY"], "repaired")
+    ((0.0, 0.0), (1.0, 1.0))
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"unknown scorer '{scorer}'; it is one of {', '.join(SCORERS)}")
+    if prediction is None:
+        return 0.0, 0.0
+    golds = [golds] if isinstance(golds, str) else golds
+    if scorer == "repaired":
+        pairs = [repaired_scores(prediction, gold, chinese) for gold in golds]
+    else:
+        pairs = [(f1(prediction, gold, chinese), exact_match(prediction, gold, chinese)) for gold in golds]
+    best_f1, best_em = (max(scores) for scores in zip(*pairs))
+    return (1.0 if best_em else best_f1), best_em
+
+
+# --- one episode ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What an episode earned. Every part is in [0, 1] before its weight."""
+    total: float        # the weighted sum: this, and nothing else, is what the policy learns from
+    answer: float       # F1 (or exact match) of the answer
+    format: float       # share of turns in the strict format
+    problem: float      # was the first diagnosis right
+    em: float           # exact match of the answer; only logged, unless chosen as the answer's metric
+
+
+def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotation_credit: bool = False) -> float:
+    """1 if the stated set of problems is the gold set. With `rotation_credit`, 0.5 for only the rotation of a double,
+    as the authors' code has it (it is not in the paper).
+
+    >>> problem_reward(("dark", "rotation90"), ("rotation90", "dark")), problem_reward(("rotation90",), ("rotation90", "dark"))
+    (1.0, 0.0)
+    """
+    if not stated or not gold:
+        return 0.0
+    if set(stated) == set(gold):
+        return 1.0
+    only_rotation = len(gold) == 2 and set(stated) & {"rotation90", "rotation180"} == set(stated) & set(gold) == set(stated)
+    return 0.5 if rotation_credit and only_rotation else 0.0
+
+
+def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float = 1.0, problem_weight: float = 1.0,
+                   answer_metric: str = "f1", scorer: str = "official", rotation_credit: bool = False) -> Reward:
+    """The reward of a whole multi-turn episode.
+
+    The paper rewards single steps: Eq. (3) is 1 for a step with valid tags, Eq. (4) is the F1 of an answer step, and
+    Eq. (5) their sum. For an episode, which is several steps, this is our own extension: Eq. (3) becomes the share of
+    turns in the strict format, Eq. (4) is the F1 of the last turn's answer, and the authors' (unpublished) problem
+    reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
+    labels at once, or the gold among many words are worth no more, or less, than saying the right thing once. What
+    stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing.
+    """
+    turns = [turn for turn in episode.turns if turn.finished]
+    answer = episode.answer if episode.turns and episode.turns[-1].finished else None
+    stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)
+    best_f1, em = score_answer(answer, episode.sample.golds, scorer)
+    metric = {"f1": best_f1, "em": em}[answer_metric]                                                       # Eq. (4)
+    strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))                         # Eq. (3)
+    problem = problem_reward(stated, episode.sample.problems, rotation_credit)
+    total = answer_weight * metric + format_weight * strict + problem_weight * problem                      # Eq. (5)
+    return Reward(total=total, answer=metric, format=strict, problem=problem, em=em)
+
+
+# --- many answers --------------------------------------------------------------------------------------------------
+
+
+def mean_ci95(values, seed: int = 0, resamples: int = 10_000) -> list[float]:
+    """[low, high]: the 95% bootstrap percentile interval of the mean.
+
+    Drawing n values with replacement only decides how often each *distinct* value is drawn, and scores have few: so one
+    multinomial draw per resample does, and a benchmark of 12,576 questions needs no 12,576 x 10,000 table.
+    """
+    distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    n = counts.sum()
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)      # [resamples, distinct]
+    return [float(x) for x in np.percentile(drawn @ distinct / n, [2.5, 97.5])]
+
+
+def describe(scores: np.ndarray) -> dict:
+    """n, em, f1 and their intervals from scores [n, 2] of (f1, em), as fractions."""
+    return {"n": len(scores), "em": float(scores[:, 1].mean()), "f1": float(scores[:, 0].mean()),
+            "em_ci95": mean_ci95(scores[:, 1]), "f1_ci95": mean_ci95(scores[:, 0])}
+
+
+def summarize(predictions, samples, scorer: str = "official", chinese: bool = True) -> dict:
+    """The scores of `predictions` (texts, None without an answer) for `samples`, in summary.json's form:
+    {"n", "em", "f1", "em_ci95", "f1_ci95", "splits": {"simple": {the same}, "hard": {...}}}, all fractions."""
+    if len(predictions) != len(samples) or not samples:
+        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: need one each, and at least one")
+    scores = np.array([score_answer(p, s.golds, scorer, chinese) for p, s in zip(predictions, samples)])   # [n, 2]
+    splits = np.array([s.split for s in samples])
+    return {**describe(scores), "splits": {name: describe(scores[splits == name]) for name in ("simple", "hard")
+                                           if (splits == name).any()}}

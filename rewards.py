@@ -15,7 +15,6 @@ Chinese character is compared character by character. "repaired" mends what is b
 Read next: rollout.py, which makes the episodes; grpo.py, which turns rewards into advantages.
 Left out: the paper's search reward (a sentence-embedding similarity to a gold query), which needs a further model.
 """
-import math
 import re
 import string
 from collections import Counter
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.mat import DataError, Sample, field, read_rows, split_of, text_list
+from data.mat import LITERAL_NEWLINE, DataError, Sample, field, read_rows, split_of, text_list
 
 SCORERS = ("official", "repaired")
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -33,8 +32,6 @@ ALL_PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’、。
                                 "".join(chr(ord(c) + 0xFEE0) for c in string.punctuation))
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 CHINESE = re.compile("[\u4e00-\u9fff]")
-# A backslash and an n that stand for a line break; \neq, \nu and their like in LaTeX golds stay.
-LITERAL_NEWLINE = re.compile(r"\\n(?!(?:abla|eq?|eg|ot(?:in)?|u|ewline)(?![a-z]))")
 
 
 # --- one answer ----------------------------------------------------------------------------------------------------
@@ -91,9 +88,10 @@ def repaired_scores(prediction: str, gold: str, chinese: bool) -> tuple[float, f
     gold = LITERAL_NEWLINE.sub("\n", gold)
     if not gold.strip():
         return 0.0, 0.0
-    rules = (lambda text: normalize(text, chinese), lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),
-             lambda text: " ".join(text.lower().split()))
-    rule = next(rule for rule in rules if rule(gold))       # the strictest that leaves something of the gold
+    rules = (lambda text: normalize(text, chinese),                                     # the usual one,
+             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),    # with articles,
+             lambda text: " ".join(text.lower().split()))                               # with punctuation
+    rule = next(rule for rule in rules if rule(gold))   # the first that leaves something of the gold
     p, g = tokens(rule(prediction), rule(gold), chinese)
     p, g = [t for t in p if not t.isspace()], [t for t in g if not t.isspace()]
     return harmonic((Counter(p) & Counter(g)).total(), len(p), len(g)), float(p == g)
@@ -104,8 +102,8 @@ def score_answer(prediction: str | None, golds, scorer: str = "official", chines
 
     >>> score_answer("New York New York", ["NYC", "new york new york!"])
     (1.0, 1.0)
-    >>> score_answer("FOOD DIRECTORY", [r"FOOD\\nDIRECTORY"]), score_answer("FOOD DIRECTORY", [r"FOOD\\nDIRECTORY"], "repaired")
-    ((0.0, 0.0), (1.0, 1.0))
+    >>> [score_answer("FOOD DIRECTORY", ["FOOD\\\\nDIRECTORY"], scorer) for scorer in SCORERS]
+    [(0.0, 0.0), (1.0, 1.0)]
     """
     if scorer not in SCORERS:
         raise ValueError(f"unknown scorer '{scorer}'; it is one of {', '.join(SCORERS)}")
@@ -116,7 +114,7 @@ def score_answer(prediction: str | None, golds, scorer: str = "official", chines
         pairs = [repaired_scores(prediction, gold, chinese) for gold in golds]
     else:
         pairs = [(f1(prediction, gold, chinese), exact_match(prediction, gold, chinese)) for gold in golds]
-    best_f1, best_em = (max(scores) for scores in zip(*pairs))
+    best_f1, best_em = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
     return (1.0 if best_em else best_f1), best_em
 
 
@@ -137,15 +135,18 @@ def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotati
     """1 if the stated set of problems is the gold set. With `rotation_credit`, 0.5 for only the rotation of a double,
     as the authors' code has it (it is not in the paper).
 
-    >>> problem_reward(("dark", "rotation90"), ("rotation90", "dark")), problem_reward(("rotation90",), ("rotation90", "dark"))
+    >>> gold = ("rotation90", "dark")
+    >>> problem_reward(("dark", "rotation90"), gold), problem_reward(("rotation90",), gold)
     (1.0, 0.0)
+    >>> problem_reward(("rotation90",), gold, rotation_credit=True)
+    0.5
     """
     if not stated or not gold:
         return 0.0
     if set(stated) == set(gold):
         return 1.0
-    only_rotation = len(gold) == 2 and set(stated) & {"rotation90", "rotation180"} == set(stated) & set(gold) == set(stated)
-    return 0.5 if rotation_credit and only_rotation else 0.0
+    rotation = set(gold) & {"rotation90", "rotation180"}
+    return 0.5 if rotation_credit and len(gold) == 2 and set(stated) == rotation else 0.0
 
 
 def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float = 1.0, problem_weight: float = 1.0,
@@ -159,15 +160,17 @@ def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float 
     labels at once, or the gold among many words are worth no more, or less, than saying the right thing once. What
     stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing.
     """
+    if answer_metric not in ("f1", "em"):
+        raise ValueError(f"unknown answer_metric '{answer_metric}'; it is f1 or em")
     turns = [turn for turn in episode.turns if turn.finished]
     answer = episode.answer if episode.turns and episode.turns[-1].finished else None
     stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)
     best_f1, em = score_answer(answer, episode.sample.golds, scorer)
-    metric = {"f1": best_f1, "em": em}[answer_metric]                                                       # Eq. (4)
-    strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))                         # Eq. (3)
+    strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))         # Eq. (3)
+    accuracy = em if answer_metric == "em" else best_f1                                     # Eq. (4)
     problem = problem_reward(stated, episode.sample.problems, rotation_credit)
-    total = answer_weight * metric + format_weight * strict + problem_weight * problem                      # Eq. (5)
-    return Reward(total=total, answer=metric, format=strict, problem=problem, em=em)
+    total = answer_weight * accuracy + format_weight * strict + problem_weight * problem    # Eq. (5)
+    return Reward(total=total, answer=accuracy, format=strict, problem=problem, em=em)
 
 
 # --- many answers --------------------------------------------------------------------------------------------------
@@ -191,12 +194,78 @@ def describe(scores: np.ndarray) -> dict:
             "em_ci95": mean_ci95(scores[:, 1]), "f1_ci95": mean_ci95(scores[:, 0])}
 
 
-def summarize(predictions, samples, scorer: str = "official", chinese: bool = True) -> dict:
-    """The scores of `predictions` (texts, None without an answer) for `samples`, in summary.json's form:
-    {"n", "em", "f1", "em_ci95", "f1_ci95", "splits": {"simple": {the same}, "hard": {...}}}, all fractions."""
-    if len(predictions) != len(samples) or not samples:
-        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples: need one each, and at least one")
-    scores = np.array([score_answer(p, s.golds, scorer, chinese) for p, s in zip(predictions, samples)])   # [n, 2]
-    splits = np.array([s.split for s in samples])
-    return {**describe(scores), "splits": {name: describe(scores[splits == name]) for name in ("simple", "hard")
-                                           if (splits == name).any()}}
+def describe_splits(scores: np.ndarray, splits: list[str]) -> dict:
+    """`describe` of all scores, and under "splits" of the simple and the hard ones, if there are any."""
+    parts = {name: scores[[split == name for split in splits]] for name in ("simple", "hard")}
+    return {**describe(scores), "splits": {name: describe(part) for name, part in parts.items() if len(part)}}
+
+
+def summarize(predictions: list[str | None], samples: list[Sample], scorer: str = "official",
+              chinese: bool = True) -> dict:
+    """The scores of one prediction per sample (None: no answer), in the form of summary.json, as fractions:
+    {"n", "em", "f1", "em_ci95", "f1_ci95", "splits": {"simple": {the same five}, "hard": {the same five}}}.
+
+    >>> samples = [Sample("1", "?", ("A B",), None, split="simple"), Sample("2", "?", ("C",), None, split="hard")]
+    >>> summary = summarize(["b", None], samples)
+    >>> round(summary["f1"], 3), summary["em"], summary["splits"]["hard"]["n"]       # "A" is an article: "a b" is "b"
+    (0.5, 0.5, 1)
+    """
+    if not samples or len(predictions) != len(samples):
+        raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples; there must be one for each")
+    scores = np.array([score_answer(p, s.golds, scorer, chinese) for p, s in zip(predictions, samples)])    # [n, 2]
+    return describe_splits(scores, [sample.split for sample in samples])
+
+
+def load_predictions(path: Path | str) -> list[dict]:
+    """The rows of a predictions file in the published schema, [{"id", "gt", "pred_answer"}, ...]: "gt" is a text or a
+    list of texts, "pred_answer" a text or null; Bamboogle's has "query" in place of "id". Raises DataError."""
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        text_list(row, "gt", f"{path}: row {number}")
+        field(row, "pred_answer", (str, type(None)), f"{path}: row {number}")
+    return rows
+
+
+def score_rows(rows: list[dict], task: str, scorer: str) -> np.ndarray:
+    """(f1, em) of each row of a predictions file, [n, 2]. Of the paper's scorers only MAT-Coding's knows Chinese."""
+    return np.array([score_answer(row["pred_answer"], row["gt"], scorer, task == "mat-coding") for row in rows])
+
+
+def score_predictions(path: Path | str, task: str, scorer: str = "official") -> dict:
+    """The scores of a predictions file, in `summarize`'s form. A row's split is its own "split" field, else its place:
+    the first 70 of mat-coding, the first 75 of mat-search are simple. Raises DataError."""
+    rows = load_predictions(path)
+    return describe_splits(score_rows(rows, task, scorer), [split_of(task, row, i) for i, row in enumerate(rows)])
+
+
+def items(path: Path | str) -> dict:
+    """The rows of a predictions file by what tells them apart: the id, else the query; a second one is (query, 1)."""
+    rows, seen = {}, Counter()
+    for row in load_predictions(path):
+        name = str(row.get("id", row.get("query", "")))
+        rows[name, seen[name]] = row
+        seen[name] += 1
+    return rows
+
+
+def compare(path_a: Path | str, path_b: Path | str, task: str, scorer: str = "official") -> dict:
+    """Two predictions files on the same items, paired: what b is better than a by, with its interval.
+
+    {"n", "changed": items with another answer, "f1" and "em": {"a", "b", "difference", "ci95", "better", "worse"}}, the
+    last two in items. Pairing matters: two files that agree on most items have a far narrower interval than either
+    score alone. Raises DataError if the files do not hold the same items with the same golds.
+    """
+    a, b = items(path_a), items(path_b)
+    for name in [*a, *b]:
+        if name not in a or name not in b or a[name]["gt"] != b[name]["gt"]:
+            raise DataError(f"{path_a} and {path_b}: cannot be compared, item '{name[0]}' is missing from one of them "
+                            "or has other golds there; give two files of the same benchmark")
+    rows_a, rows_b = list(a.values()), [b[name] for name in a]
+    scores_a, scores_b = score_rows(rows_a, task, scorer), score_rows(rows_b, task, scorer)     # [n, 2]
+    result = {"n": len(a), "changed": sum(x["pred_answer"] != y["pred_answer"] for x, y in zip(rows_a, rows_b))}
+    for column, metric in enumerate(("f1", "em")):
+        change = scores_b[:, column] - scores_a[:, column]
+        result[metric] = {"a": float(scores_a[:, column].mean()), "b": float(scores_b[:, column].mean()),
+                          "difference": float(change.mean()), "ci95": mean_ci95(change),
+                          "better": int((change > 0).sum()), "worse": int((change < 0).sum())}
+    return result

@@ -1,9 +1,9 @@
-"""MAT and multi-hop QA files as samples: what an agent is asked, shown and scored against.
+"""MAT and multi-hop QA files as samples: what an agent is asked, what it is shown, what a right answer is.
 
 What it teaches: the published MAT stores *single steps* for training (`pre_problem`, `pre_code`, `pre_answer`, each
 with the teacher's context), because the authors train one step at a time. Multi-turn episodes need the whole question
 back, so `join_steps` puts the steps of one question together again: image, question, gold problems, gold answer.
-The rest is care with files written by others: every message says which file, which row, which field, and the cure.
+The rest is care with files written by others: every message says which file, row and field, and what to do about it.
 
     MAT/MAT-Benchmark/MAT-Coding.json + MAT-Coding-image/            200 test questions about damaged images
     MAT/MAT-Benchmark/MAT-Search.json + MAT-Search-image/            150 test questions that need a web search
@@ -20,29 +20,29 @@ import struct
 import warnings
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 PROBLEMS = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none")
-MAX_PIXELS = 64_000_000         # a photograph has 12 to 50 million; a "decompression bomb" has more
-
-# task -> split -> (file below the data folder, its image folder)
-MAT_FILES = {
-    "mat-coding": {"test": ("MAT-Benchmark/MAT-Coding.json", "MAT-Benchmark/MAT-Coding-image"),
-                   "train": ("MAT-Training/rft_agent_code_1_2k.json", "MAT-Training/rft_agent_code_1_2k_images")},
-    "mat-search": {"test": ("MAT-Benchmark/MAT-Search.json", "MAT-Benchmark/MAT-Search-image"),
-                   "train": ("MAT-Training/rft_agent_search_20.json", "MAT-Training/rft_agent_search_20_images")},
-}
-QA_FILES = {    # task -> (FlashRAG's folder name, split -> file)
-    "2wiki": ("2wikimultihopqa", {"test": "dev.jsonl", "train": "train.jsonl"}),
-    "hotpotqa": ("hotpotqa", {"test": "dev.jsonl", "train": "train.jsonl"}),
-    "musique": ("musique", {"test": "dev.jsonl", "train": "train.jsonl"}),
-    "bamboogle": ("bamboogle", {"test": "test.jsonl"}),
-}
-TASKS = (*MAT_FILES, *QA_FILES)
 N_SIMPLE = {"mat-coding": 70, "mat-search": 75}     # the paper splits by position: the first 70 (75) are simple
+MAX_PIXELS = 64_000_000                             # photographs have up to 50 million; a "decompression bomb" has more
+
+FILES = {   # task -> split -> (file below the data folder, folder of its images or None)
+    "mat-coding": {"train": ("MAT-Training/rft_agent_code_1_2k.json", "MAT-Training/rft_agent_code_1_2k_images"),
+                   "test": ("MAT-Benchmark/MAT-Coding.json", "MAT-Benchmark/MAT-Coding-image")},
+    "mat-search": {"train": ("MAT-Training/rft_agent_search_20.json", "MAT-Training/rft_agent_search_20_images"),
+                   "test": ("MAT-Benchmark/MAT-Search.json", "MAT-Benchmark/MAT-Search-image")},
+    "2wiki": {"train": ("2wikimultihopqa/train.jsonl", None), "test": ("2wikimultihopqa/dev.jsonl", None)},
+    "hotpotqa": {"train": ("hotpotqa/train.jsonl", None), "test": ("hotpotqa/dev.jsonl", None)},
+    "musique": {"train": ("musique/train.jsonl", None), "test": ("musique/dev.jsonl", None)},
+    "bamboogle": {"test": ("bamboogle/test.jsonl", None)},
+}
+# A backslash and an n where a line break belongs (15 of MAT-Coding's golds); LaTeX's \neq, \nu, ... are none.
+LITERAL_NEWLINE = re.compile(r"\\n(?!(?:abla|eq?|eg|ot(?:in)?|u|ewline)(?![a-z]))")
 
 
 class DataError(ValueError):
@@ -67,29 +67,51 @@ class Sample:
         return read_image(self.image_path)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Any image file as RGB: turned upright by its EXIF tag, transparency on white. The file's name does not matter
-    (MAT names PNGs .jpg). Raises DataError for what is missing, broken or larger than MAX_PIXELS."""
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(path: Path):
+    """A Pillow image whose pixels are not read yet. Whatever is wrong, then or while they are read: DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # our own limit, below, is stricter
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # our own limit is stricter
             image = Image.open(path)
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; "
                                 "store a smaller version")
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image; download it next to the others, or drop its row") from None
+        raise DataError(f"{path}: no such image; put it there, or drop its row") from None
     except DataError:
         raise
-    # What Pillow raises on damaged files depends on the format and on where the damage is.
+    # What Pillow raises on a damaged file depends on the format and on where the damage is.
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as err:
-        raise DataError(f"{path}: not a readable image ({err}); download it again, or drop its row") from None
+        raise DataError(f"{path}: not a readable image ({err}); replace it, or drop its row") from None
+
+
+def read_image(path: Path) -> Image.Image:
+    """Any image file as RGB: turned upright by its EXIF tag, transparency on white, 16 bits scaled to 8. The file's
+    ending does not matter (MAT names PNGs .jpg). Raises DataError for what is missing, broken or huge."""
+    with opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):       # Pillow would clip: all but the darkest greys would turn white
+            image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def image_defect(path: Path) -> str | None:
+    """What is wrong with an image file, or None. Fast: of a PNG the checksums are compared, not the pixels decoded."""
+    try:
+        with opened(path) as image:
+            image.verify() if image.format == "PNG" else image.load()
+    except DataError as err:
+        return str(err)
+    return None
 
 
 # --- files to rows -------------------------------------------------------------------------------------------------
@@ -97,104 +119,93 @@ def read_image(path: Path) -> Image.Image:
 
 def read_rows(path: Path) -> list[dict]:
     """The objects of a .json file (one list) or a .jsonl file (one object a line). Raises DataError."""
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(text.split("\n"), start=1):   # not splitlines: U+2028 may be in a string
-                if line.strip():
-                    rows.append(json.loads(line))
-        else:
-            number, rows = None, json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except json.JSONDecodeError as err:
-        place = f"line {number or err.lineno}, column {err.colno}"
-        raise DataError(f"{path}: not valid JSON at {place} ({err.msg}); is the download complete?") from None
+        raise DataError(f"{path}: no such file; is the path right?") from None
     except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"{path}: cannot be read ({err})") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: must hold a list of objects, [{{...}}, ...], but is a {type(rows).__name__}")
-    if not rows:
-        raise DataError(f"{path}: holds no rows; is the download complete?")
-    for i, row in enumerate(rows, start=1):
+        raise DataError(f"{path}: cannot be read ({err}); it must be a JSON file in UTF-8") from None
+    parsed = []
+    # Lines end at "\n" only: splitlines() would also split at U+2028, which JSON allows inside a string.
+    for number, part in enumerate(text.split("\n") if path.suffix == ".jsonl" else [text]):
+        try:
+            if part.strip():
+                parsed.append(json.loads(part))
+        except json.JSONDecodeError as err:
+            line = number + err.lineno
+            raise DataError(f"{path}: line {line}: not JSON ({err.msg}); is the file complete?") from None
+    rows = parsed if path.suffix == ".jsonl" else (parsed or [None])[0]
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path}: must hold a list of at least one object, [{{...}}, ...]; is it the right file?")
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}: row {i}: must be an object {{...}}, but is a {type(row).__name__}")
+            raise DataError(f"{path}: row {number}: must be an object {{...}}, but is {row!r:.60}")
     return rows
 
 
-def field(row: dict, name: str, kinds, where: str):
-    """row[name] if it has one of the types `kinds`; else a DataError that starts with `where` ("file: row 7")."""
+JSON_NAMES = {str: "text", int: "a whole number", list: "a list", type(None): "null"}
+
+
+def field(row: dict, name: str, kinds: tuple[type, ...], where: str):
+    """row[name], if it is of one of the types `kinds`; else a DataError that begins with `where` ("FILE: row 7")."""
     if name not in row:
-        raise DataError(f"{where}: field '{name}' is missing (the row has: {', '.join(map(str, row)) or 'nothing'})")
-    value, kinds = row[name], kinds if isinstance(kinds, tuple) else (kinds,)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise DataError(f"{where}: field '{name}' must be {wanted}, but is {type(value).__name__}: {value!r:.60}")
-    return value
+        raise DataError(f"{where}: field '{name}' is missing (there are: {', '.join(map(str, row)) or 'none'})")
+    if type(row[name]) not in kinds:    # not isinstance: True is an int
+        wanted = " or ".join(JSON_NAMES[kind] for kind in kinds)
+        raise DataError(f"{where}: field '{name}' must be {wanted}, but is {row[name]!r:.60}")
+    return row[name]
 
 
 def text_list(row: dict, name: str, where: str) -> tuple[str, ...]:
-    """A field that is one string or a list of strings, at least one, as a tuple."""
+    """A field that is a text or a list of at least one text (MAT-Search writes one gold without a list), as a tuple."""
     value = field(row, name, (list, str), where)
-    values = [value] if isinstance(value, str) else value
+    values = (value,) if isinstance(value, str) else tuple(value)
     if not values or not all(isinstance(v, str) for v in values):
-        raise DataError(f"{where}: field '{name}' must be a list of at least one string, but is {value!r:.60}")
-    return tuple(values)
+        raise DataError(f"{where}: field '{name}' must be a list of at least one text, but is {value!r:.60}")
+    return values
 
 
 def strip_query(text: str) -> str:
-    """The question inside the <query> tags; MAT-Search's steps have the chain played so far behind them.
+    """The question inside the <query> tags; MAT-Search's steps have the searches so far behind them.
 
-    >>> strip_query("<query> Who is this? </query> <search> ... </search>")
-    'Who is this?'
-    >>> strip_query(" Who is this? ")
-    'Who is this?'
+    >>> strip_query("<query> Who is this? </query> <search> ... </search>"), strip_query(" Who is this? ")
+    ('Who is this?', 'Who is this?')
     """
-    found = re.search(r"<query>(.*?)</?query>", text, re.DOTALL)    # the paper's own prompt ends in <query>, unclosed
+    found = re.search(r"<query>(.*?)</?query>", text, re.DOTALL)    # the authors' evaluation ends it with <query>, too
     return (found.group(1) if found else text).strip()
 
 
 def split_of(task: str, row: dict, index: int) -> str:
-    """"simple" or "hard": the row's own word, else by place as in the paper ("" for tasks without splits).
+    """"simple" or "hard": the row's own word, else by place as in the paper; "" for tasks without splits.
 
-    The place is the row's integer id if it has one (ids count from 1), so that a missing row shifts nothing.
+    The place is the row's integer id, if it has one (ids count from 1), so that a missing row shifts nothing.
 
     >>> split_of("mat-coding", {"id": 71}, 0), split_of("mat-search", {}, 74), split_of("2wiki", {"id": "dev_0"}, 0)
     ('hard', 'simple', '')
     """
     if task not in N_SIMPLE:
         return ""
-    if row.get("split"):
-        return row["split"]
     place = row["id"] - 1 if isinstance(row.get("id"), int) else index
-    return "simple" if place < N_SIMPLE[task] else "hard"
+    return row.get("split") or ("simple" if place < N_SIMPLE[task] else "hard")
 
 
 # --- rows to samples -----------------------------------------------------------------------------------------------
 
 
-def coding_sample(row: dict, index: int, where: str, images: Path) -> Sample:
-    problems = text_list(row, "type", where)
-    # A crop question is about a region of the whole picture; its "processed" file already is the answer's region.
-    shown = "ori_image_path" if problems[0] == "crop" else "processed_image_path"
-    return Sample(id=str(field(row, "id", (int, str), where)), question=strip_query(field(row, "question", str, where)),
-                  golds=text_list(row, "answers", where), image_path=images / field(row, shown, str, where),
-                  problems=problems, split=split_of("mat-coding", row, index))
-
-
-def search_sample(row: dict, index: int, where: str, images: Path) -> Sample:
-    return Sample(id=str(field(row, "id", (int, str), where)), question=strip_query(field(row, "question", str, where)),
-                  golds=text_list(row, "answer", where), image_path=images / field(row, "image_path", str, where),
-                  split=split_of("mat-search", row, index))
-
-
-def qa_sample(row: dict, index: int, where: str, images: Path) -> Sample:
-    return Sample(id=str(field(row, "id", (int, str), where)), question=field(row, "question", str, where).strip(),
-                  golds=text_list(row, "golden_answers", where), image_path=None)
-
-
-ROW_TO_SAMPLE = {"mat-coding": coding_sample, "mat-search": search_sample, **{task: qa_sample for task in QA_FILES}}
+def read_sample(task: str, row: dict, index: int, images: Path, where: str) -> Sample:
+    """One row of a file whose rows are whole samples: the benchmarks, and every text-only file."""
+    id, question = field(row, "id", (int, str), where), strip_query(field(row, "question", (str,), where))
+    golds = text_list(row, {"mat-coding": "answers", "mat-search": "answer"}.get(task, "golden_answers"), where)
+    problems, image = (), None
+    if task == "mat-coding":
+        problems = text_list(row, "type", where)
+        # A crop question is about a region of the whole picture; its "processed" file is that region, cut out.
+        image = field(row, "ori_image_path" if problems[0] == "crop" else "processed_image_path", (str,), where)
+    elif task == "mat-search":
+        image = field(row, "image_path", (str,), where)
+    return Sample(str(id), question, golds, images / image if image else None, problems,
+                  split=split_of(task, row, index))
 
 
 @dataclass(frozen=True)
@@ -207,102 +218,161 @@ class Step:
 
 
 def read_step(row: dict, where: str) -> Step:
-    """The kind of a step is the tag of its solution; MAT-Coding's rows say it in `type` as well."""
-    solution = field(row, "solution", str, where)
+    """The kind of a step is the tag of its solution (MAT-Coding's rows say it in `type`, too; MAT-Search's do not)."""
+    solution = field(row, "solution", (str,), where)
     found = re.search(r"<(problem|code|answer|search)>(.*)</\1>", solution, re.DOTALL)
     if not found:
         raise DataError(f"{where}: field 'solution' must hold <problem>, <code>, <search> or <answer> and its end tag, "
                         f"but is {solution!r:.60}")
-    return Step(found.group(1), field(row, "image_path", str, where),
-                strip_query(field(row, "problem", str, where)), found.group(2).strip())
+    return Step(found.group(1), field(row, "image_path", (str,), where),
+                strip_query(field(row, "problem", (str,), where)), found.group(2).strip())
 
 
 def join_key(step: Step) -> tuple[str, str]:
     """What the steps of one question share: the image's name without _proc, _ori and ending, and the question.
 
-    >>> join_key(Step("answer", "dark_7_ori.png", "What  year?", "1999")) == join_key(
-    ...     Step("problem", "dark_7_proc.png", "What year?", "{'dark'}"))
-    True
+    >>> join_key(Step("answer", "dark_7_ori.png", "What  year?", "1999"))
+    ('dark_7', 'What year?')
     """
     return re.sub(r"_(proc|ori)$", "", Path(step.image).stem), " ".join(step.question.split())
 
 
 def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]]:
-    """Whole samples from single steps, in the order of their first step, and a line for each that stays incomplete.
+    """Whole samples from single steps, in the order of their first step, and one line for each that stays incomplete.
 
-    A sample needs an answer, and a problem or a search; `none` samples have no code, and code is never needed.
+    A sample needs an answer, and a problem or a search; code is never needed (`none` has no code).
     """
     groups: dict[tuple[str, str], list[Step]] = {}
     for step in steps:
         groups.setdefault(join_key(step), []).append(step)
-    samples, incomplete, seen = [], [], Counter()
+    samples, incomplete, count = [], [], Counter()
     for (stem, question), group in groups.items():
-        values = {kind: [s.value for s in group if s.kind == kind] for kind in ("problem", "search", "answer")}
+        values = {kind: [step.value for step in group if step.kind == kind] for kind in ("problem", "search", "answer")}
         missing = [] if values["answer"] else ["<answer>"]
         missing += [] if values["problem"] or values["search"] else ["<problem> or <search>"]
         if missing:
-            incomplete.append(f"{stem} ({question[:50]!r}): no step with {' and none with '.join(missing)}")
+            incomplete.append(f"{stem} ({question!r:.60}): left out, no step has {' and none has '.join(missing)}")
             continue
-        problems = tuple(re.findall(r"['\"]([^'\"]+)['\"]", "".join(values["problem"][:1])))
+        problems = tuple(re.findall(r"['\"]([^'\"]+)['\"]", values["problem"][0])) if values["problem"] else ()
+        # As in the benchmark: the damaged picture, but the whole one for a crop; else what the first step says.
         wanted = "_ori" if "crop" in problems else "_proc"
-        shown = next((s.image for s in group if Path(s.image).stem.endswith(wanted)), group[0].image)
-        seen[stem] += 1     # several questions about one image: dark_7, dark_7-2, ...
-        samples.append(Sample(id=stem if seen[stem] == 1 else f"{stem}-{seen[stem]}", question=group[0].question,
+        shown = next((step.image for step in group if Path(step.image).stem.endswith(wanted)), group[0].image)
+        count[stem] += 1        # several questions about one image: dark_7, dark_7-2, ...
+        samples.append(Sample(id=stem if count[stem] == 1 else f"{stem}-{count[stem]}", question=group[0].question,
                               golds=tuple(dict.fromkeys(values["answer"])), image_path=images / shown,
                               problems=problems, queries=tuple(values["search"]), split="train"))
     return samples, incomplete
 
 
-# --- the three things others call ----------------------------------------------------------------------------------
+# --- what others call ----------------------------------------------------------------------------------------------
 
 
-def find_files(task: str, path: Path, split: str) -> tuple[Path, Path]:
-    """The file with the rows, and the folder with their images. Raises DataError if `task` or `split` is unknown."""
-    if task not in TASKS:
-        raise DataError(f"unknown task '{task}'; it is one of {', '.join(TASKS)}")
-    splits = MAT_FILES[task] if task in MAT_FILES else QA_FILES[task][1]
-    if split not in splits:
-        raise DataError(f"task {task} has no split '{split}'; it has {', '.join(splits)}")
-    path = Path(path)
-    if task in MAT_FILES:
-        rows, images = splits[split]
+def listed(counts: Counter) -> str:
+    """
+    >>> listed(Counter(["simple", "hard", "hard"]))
+    'simple 1, hard 2'
+    """
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+@dataclass
+class Reading:
+    """All that one file gave."""
+    file: Path
+    samples: list[Sample]
+    steps: Counter          # training steps by kind; empty for a file of whole samples
+    wrong: list[str]        # rows that are not as they should be
+    incomplete: list[str]   # questions that lack a step, by name
+
+    @property
+    def joined(self) -> str:
+        return (f"{len(self.samples):,} samples joined from {self.steps.total():,} steps ({listed(self.steps)}); "
+                f"{len(self.incomplete)} incomplete")
+
+
+def find_file(task: str, path: Path, split: str) -> tuple[Path, Path | None]:
+    """The file with the rows and the folder with their images (None: text only). It need not exist."""
+    if task not in FILES:
+        raise DataError(f"unknown task '{task}'; it is one of {', '.join(FILES)}")
+    if split not in FILES[task]:
+        raise DataError(f"task {task} has no split '{split}', only {' and '.join(FILES[task])}")
+    rows, images = FILES[task][split]
+    if images:
         return path / rows, path / images
-    folder, name = QA_FILES[task][0], splits[split]
     if path.suffix == ".jsonl":
-        return path, path.parent
-    return (path / folder / name if (path / folder).is_dir() else path / name), path
+        return path, None
+    inside = path / Path(rows).name     # `path` may be FlashRAG's folder or the data set's own
+    return (inside if inside.exists() else path / rows), None
 
 
-def read_samples(task: str, path: Path, split: str) -> tuple[list[Sample], list[str], list[str]]:
-    """(samples, rows that are wrong, questions whose steps are incomplete); raises DataError if the file is."""
-    file, images = find_files(task, path, split)
+def read(task: str, path: Path | str, split: str) -> Reading:
+    """Everything in the file of a task and split, good or bad. Raises DataError if the file as a whole is unusable."""
+    file, images = find_file(task, Path(path), split)
     if not file.exists():
-        source = "laolao77/MAT" if task in MAT_FILES else "RUC-NLPIR/FlashRAG_datasets"
-        raise DataError(f"{file}: no such file. --data takes a folder laid out as huggingface.co/datasets/{source}" +
-                        ("" if task in MAT_FILES else ", or a .jsonl file"))
-    done, wrong = [], []
-    steps = split == "train" and task in MAT_FILES
+        raise DataError(f"{file}: no such file. The data folder must be laid out as huggingface.co/datasets/" +
+                        ("laolao77/MAT" if images else "RUC-NLPIR/FlashRAG_datasets (or be one .jsonl file)"))
+    done, wrong, in_steps = [], [], bool(images) and split == "train"
     for index, row in enumerate(read_rows(file)):
         where = f"{file}: row {index + 1}"
         try:
-            done.append(read_step(row, where) if steps else ROW_TO_SAMPLE[task](row, index, where, images))
+            done.append(read_step(row, where) if in_steps else read_sample(task, row, index, images, where))
         except DataError as err:
             wrong.append(str(err))
-    samples, incomplete = join_steps(done, images) if steps else (done, [])
-    return samples, wrong, incomplete
+    if not in_steps:
+        return Reading(file, done, Counter(), wrong, [])
+    samples, incomplete = join_steps(done, images)
+    return Reading(file, samples, Counter(step.kind for step in done), wrong, incomplete)
 
 
 def load(task: str, path: Path | str, split: str) -> list[Sample]:
-    """The samples of a task: mat-coding | mat-search | 2wiki | hotpotqa | musique | bamboogle; split train | test.
+    """The samples of a task (mat-coding | mat-search | 2wiki | hotpotqa | musique | bamboogle), split train | test.
 
-    `path` is a MAT folder as on the hub; for text-only tasks a FlashRAG folder or a .jsonl file. No image is opened.
-    Raises DataError at the first row that is wrong. Training questions whose steps are incomplete are left out:
-    `join_report` names them.
+    `path` is a MAT folder as on the hub; for text-only tasks a FlashRAG folder or one .jsonl file. No image is opened.
+    Raises DataError for the first row that is wrong. Questions that lack a step are left out: see `join_report`.
     """
-    samples, wrong, incomplete = read_samples(task, Path(path), split)
-    if wrong:
-        more = f" ({len(wrong) - 1} more such rows: --check-data lists them)" if len(wrong) > 1 else ""
-        raise DataError(wrong[0] + more)
-    if not samples:
-        raise DataError(f"{find_files(task, path, split)[0]}: no question has all its steps; {incomplete[0]}")
-    return samples
+    reading = read(task, path, split)
+    if reading.wrong:
+        more = f" (and {len(reading.wrong) - 1} more: --check-data lists them)" if len(reading.wrong) > 1 else ""
+        raise DataError(reading.wrong[0] + more)
+    if not reading.samples:
+        raise DataError(f"{reading.file}: no question has all its steps, the first is {reading.incomplete[0]}")
+    return reading.samples
+
+
+def join_report(task: str, path: Path | str) -> list[str]:
+    """How many training samples were joined from how many steps; then a line for each that could not be, by name."""
+    reading = read(task, path, "train")
+    return [reading.joined, *reading.incomplete]
+
+
+def defects_of(reading: Reading) -> list[str]:
+    """Every defect of a file, one line each: rows, steps, ids, questions, golds, labels, images."""
+    found = list(reading.incomplete)
+    found += [f"id {name}: occurs {n} times" for name, n in Counter(s.id for s in reading.samples).items() if n > 1]
+    for sample in reading.samples:
+        found += [f"id {sample.id}: empty question"] * (not sample.question)
+        found += [f"id {sample.id}: empty gold" for gold in sample.golds if not gold.strip()]
+        found += [f"id {sample.id}: literal \\n in gold {g!r}" for g in sample.golds if LITERAL_NEWLINE.search(g)]
+        found += [f"id {sample.id}: unknown problem '{name}'" for name in sample.problems if name not in PROBLEMS]
+    images = dict.fromkeys(sample.image_path for sample in reading.samples if sample.image_path)
+    broken = filter(None, map(image_defect, tqdm(images, desc="checking images", leave=False)))
+    return reading.wrong + [f"{reading.file}: {line}" for line in found] + list(broken)
+
+
+def check(task: str, path: Path | str) -> tuple[list[str], list[str]]:
+    """(report, defects), lines to print: what the task's files hold, and everything that is wrong with them or their
+    images. Raises DataError if none of the files is there, or one is not usable at all."""
+    files = {find_file(task, Path(path), split)[0]: split for split in FILES.get(task, ["test"])}
+    report, defects = [], []
+    for file, split in files.items():       # one .jsonl file stands for both splits and is checked once
+        if not file.exists() and any(other.exists() for other in files):
+            report.append(f"{file}: not there ({split})")
+            continue
+        reading = read(task, path, split)
+        report.append(f"{file}: {len(reading.samples):,} samples ({split})")
+        report += [f"  {reading.joined}"] if reading.steps else []
+        report += [f"  {name}: {listed(counts)}" for name, counts in (
+            ("split", Counter(s.split for s in reading.samples if split == "test" and s.split)),
+            ("problems", Counter("+".join(s.problems) for s in reading.samples if s.problems))) if counts]
+        defects += defects_of(reading)
+    return report, defects

@@ -1,0 +1,359 @@
+"""What an agent can do: the parser of its turns, and the sandbox that runs the code it writes.
+
+Read this after the README's first episode and before `rollout.py`, which plays the turns; the walls of the sandbox
+are in `jail.py`, to be read next.  The paper (Visual-ARFT, arXiv 2505.14246) has four actions: `<problem>`, `<code>`,
+`<search>` and `<answer>`, each after a `<think>`.
+
+**The parser.**  `parse` turns whatever a model wrote into an `Action`.  It answers two questions at once: what the
+environment should do (`kind`, `value`: lenient about quotes, spaces, fences and text around the tags) and whether the
+format reward is earned (`strict`: the paper's format, to the letter).  A tag is a tag wherever it stands, inside a
+thought or a program too; whoever writes one twice, opens two actions or leaves one open has made a malformed turn, and
+`error` tells the model why.  Nothing is guessed: values stay text.
+
+**The sandbox.**  `Sandbox` runs Python written by a model, clumsy or hostile, in processes that share nothing with
+this one.  The program reads `path_to_input_image.jpg` and writes `path_to_output_image.jpg` in an empty directory of
+its own; the image that it leaves, what it printed and what went wrong come back as an `Execution`, never as an
+exception.  The released evaluation of the paper calls `exec` in the process that holds the model instead.
+
+Covered, on Linux with landlock (5.13 or newer) and seccomp, as root or as an ordinary user:
+- files: only the scratch directory can be written, only Python, its packages, shared libraries and fonts can be read;
+- network: no socket of any kind, loopback and abstract ones included;
+- processes: none can be started, no thread either; none can be signalled, traced or outlived;
+- secrets: an environment made from nothing, no open file and no memory of the trainer;
+- state: every program starts from the same fork, in an empty directory; random generators are seeded;
+- limits: wall and CPU time, memory, open files, file size, disk, printed characters, image pixels;
+- the result: the image is decoded inside the jail, and only pixels of a checked size come out.
+
+Not covered:
+- a fault of the kernel itself, reached through the calls that are left (a virtual machine is the answer to that);
+- whether a path exists and how large it is can be asked (stat), its content not;
+- files that are open and already removed escape the disk limit: at most 32 of 64 MB until the time is over;
+- other programs slow down: each worker may keep one core busy;
+- without landlock a chroot stands in (then only preloaded modules can be imported); what a machine lacks beyond that
+  is said by `Sandbox.describe()`, measured by trying, and `strict=True` refuses to start.  On macOS nothing but
+  the limits, the clean environment and the separate process is there: files and network are open.
+"""
+
+import io
+import json
+import os
+import queue
+import re
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from PIL import Image
+
+import jail
+
+OUTPUT_CHARACTERS = 2000        # of what a program printed, its beginning and its end
+
+
+# --- The parser ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Action:
+    """A parsed turn."""
+    kind: str                               # problem | code | search | answer | malformed
+    value: tuple[str, ...] | str | None     # problem: labels; code: source; search, answer: text; malformed: None
+    error: str | None                       # malformed: one sentence that the model may be shown
+    strict: bool                            # the whole turn is a thought and one action in the paper's format
+
+
+TAG = re.compile(r"<(/?)(think|problem|code|search|answer)>")
+FENCE = re.compile(r"```(?:(?:python3?|py)(?=\s)|[\w.+-]*(?=[ \t]*\r?\n))?")
+PAPER_CODE = re.compile(r"\s*```python.*?```", re.DOTALL)
+PAPER_PROBLEM = re.compile(r"\s*\{\s*'[^']+'\s*(?:,\s*'[^']+'\s*)*\}\s*")
+
+
+def parse(turn: str) -> Action:
+    """What the model wants to do.  Never raises; one pass over the text, whatever it is.
+
+    >>> parse("<think>It is dark.</think>\\n<problem> {'rotation90', 'dark'} </problem>")
+    Action(kind='problem', value=('rotation90', 'dark'), error=None, strict=True)
+    >>> parse("So: <answer> 42 </answer>")
+    Action(kind='answer', value='42', error=None, strict=False)
+    >>> parse("<think>Hm.</think><answer>42").error
+    'the tag <answer> is not closed'
+    """
+    spans, error = read_tags(turn)
+    actions = [kind for kind in spans if kind != "think"]
+    if not error and not actions:
+        error = "there is no action: write one of <problem>, <code>, <search> or <answer>"
+    if error:
+        return Action("malformed", None, error, False)
+    kind = actions[0]
+    body = turn[slice(*spans[kind])]
+    value = {"problem": read_labels, "code": read_program}.get(kind, str.strip)(body)
+    if not value:
+        return Action("malformed", None, f"the tag <{kind}> is empty", False)
+    return Action(kind, value, None, is_strict(turn, spans, kind, body))
+
+
+def read_tags(turn: str) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """Where the body of each tag starts and ends, and what is wrong.  Stops at the first fault."""
+    spans, opened, start = {}, None, 0
+    for tag in TAG.finditer(turn):
+        closing, name = tag.groups()
+        if closing and name != opened:
+            return spans, f"the tag <{name}> occurs twice" if name in spans else f"</{name}> comes without <{name}>"
+        if closing:
+            spans[name], opened = (start, tag.start()), None
+            continue
+        if name in spans or name == opened:
+            return spans, f"the tag <{name}> occurs twice"
+        if opened:
+            return spans, f"<{name}> begins before <{opened}> is closed"
+        if name != "think" and any(other != "think" for other in spans):
+            return spans, f"two actions in one turn: <{next(o for o in spans if o != 'think')}> and <{name}>"
+        opened, start = name, tag.end()
+    return spans, f"the tag <{opened}> is not closed" if opened else None
+
+
+def read_labels(body: str) -> tuple[str, ...]:
+    """The label set in any of its spellings: {'dark', 'blur'}, ["dark"], dark, blur."""
+    labels = (label.strip(" \t\r\n'\"`‘’“”") for label in re.split("[,，、]", body.strip(" \t\r\n{}[]()")))
+    return tuple(label for label in labels if label)
+
+
+def read_program(body: str) -> str:
+    """The source text, out of its code fence if it has one."""
+    fence = FENCE.search(body)
+    if fence:
+        end = body.find("```", fence.end())
+        body = body[fence.end():end if end >= 0 else None]
+    return body.rstrip().lstrip("\r\n") if body.strip() else ""
+
+
+def is_strict(turn: str, spans: dict, kind: str, body: str) -> bool:
+    """Whether the turn is <think>...</think> and one action, to the letter of the paper's format reward."""
+    if "think" not in spans:
+        return False
+    (think_start, think_end), (start, end) = spans["think"], spans[kind]
+    between = turn[think_end + len("</think>"):start - len(f"<{kind}>")]
+    frame = think_start == len("<think>") and think_end < start and end + len(f"</{kind}>") == len(turn)
+    shape = {"problem": PAPER_PROBLEM.fullmatch, "code": PAPER_CODE.match}.get(kind, bool)
+    return frame and not between.strip() and bool(shape(body))
+
+
+# --- The sandbox -----------------------------------------------------------------------------------------------------
+
+class SandboxError(RuntimeError):
+    """The sandbox cannot start, or not as safely as was asked."""
+
+
+@dataclass
+class Execution:
+    """What came of one program: an image or an error, never both."""
+    image: Image.Image | None   # RGB
+    stdout: str                 # what it printed (standard error too), the middle left out if it is long
+    error: str | None           # one line for the model, the same for the same program
+    seconds: float              # wall clock, waiting for a free worker not included
+
+
+class Sandbox:
+    """Workers that run untrusted image programs; a context manager, safe to use from many threads.
+
+    seconds: wall time of one program; memory_mb: what it may allocate; strict: raise SandboxError on a machine where
+    a program could read or write your files or use the network; without: layers of `jail.LAYERS` (or "fork") to leave
+    out, for tests and lessons.
+
+    >>> with Sandbox(workers=1) as sandbox:
+    ...     sandbox.run("print(6 * 7)", Image.new("RGB", (8, 8))).stdout
+    '42\\n'
+    """
+
+    def __init__(self, workers: int = 2, seconds: float = 10, memory_mb: int = 1024, strict: bool = False, *,
+                 without: tuple[str, ...] = ()):
+        self.seconds, self.memory_mb, self._closed = seconds, memory_mb, False
+        self._workers = [Worker(seconds, memory_mb, without) for _ in range(workers)]
+        self._idle = queue.SimpleQueue()
+        try:
+            for worker in self._workers:
+                worker.launch()         # all of them, before the first is waited for
+            for worker in self._workers:
+                worker.greet()
+                self._idle.put(worker)
+        except (OSError, ValueError) as problem:
+            self.close()
+            raise SandboxError(f"a sandbox worker did not start ({problem}); its own message is above") from problem
+        self.layers, self.escapes = self._workers[0].layers, self._workers[0].escapes
+        if strict and self.escapes:
+            self.close()
+            raise SandboxError(self.describe() + "; leave out --sandbox strict to run all the same")
+
+    def describe(self) -> str:
+        """One line: the layers in force and what a program could still do, as tried at the start."""
+        line = f"sandbox: {len(self._workers)} workers, {self.seconds:g} s, {self.memory_mb} MB; {', '.join(self.layers)}"
+        missing = [name for name in jail.LAYERS if name not in self.layers + ("chroot",)]
+        if self.escapes:
+            line += f"; NOT SAFE: programs can {', '.join(self.escapes)} (missing here: {', '.join(missing)})"
+        return line
+
+    def run(self, code: str, image: Image.Image) -> Execution:
+        """Run one program on one image.  Only a closed sandbox raises."""
+        return self._execute(code, encode(image))
+
+    def map(self, jobs) -> list[Execution]:
+        """Run (code, image) pairs in parallel, results in order.  Equal pairs run once and share one Execution."""
+        jobs = list(jobs)
+        files = {id(image): image for _, image in jobs}
+        files = {key: encode(image) for key, image in files.items()}
+        work = [(code, files[id(image)]) for code, image in jobs]
+        unique = list(dict.fromkeys(work))
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            done = dict(zip(unique, pool.map(lambda job: self._execute(*job), unique)))
+        return [done[job] for job in work]
+
+    def _execute(self, code: str, picture: bytes) -> Execution:
+        if self._closed:
+            raise RuntimeError("the sandbox is closed")
+        worker = self._idle.get()
+        problem = None
+        try:
+            for _ in range(2):          # a worker that died is replaced, and the program gets a second chance
+                try:
+                    return worker.execute(code, picture)
+                except (OSError, ValueError) as failure:
+                    problem = failure
+                    worker.stop()
+        except BaseException:           # Ctrl-C: the reply that is still to come must not reach the next caller
+            worker.stop()
+            raise
+        finally:
+            self._idle.put(worker)
+        return Execution(None, "", f"the sandbox lost its worker twice ({problem})", 0.0)
+
+    def close(self) -> None:
+        """Stop all workers and remove their directories."""
+        self._closed = True
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class Worker:
+    """One zygote process, seen from the trainer: started, spoken to, replaced.
+
+    The trainer itself is never forked (it may hold CUDA and threads): the zygote is a fresh interpreter.
+    """
+
+    def __init__(self, seconds: float, memory_mb: int, without: tuple[str, ...]):
+        found = [find_spec(name) for name in ("numpy", "PIL", "cv2")]
+        sites = [os.path.dirname(os.path.dirname(spec.origin)) for spec in found if spec and spec.origin]
+        self._settings = {"parent": os.getpid(), "tmp": tempfile.gettempdir(), "sites": sorted(set(sites)),
+                          "seconds": seconds, "memory_mb": memory_mb, "without": list(without)}
+        self._process, self._base = None, ""
+
+    def launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        # Nothing of the trainer's environment; one thread for BLAS; the same order of sets and dicts in every worker.
+        environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0", "HOME": ".",
+                       "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-s", "-B", jail.__file__, "zygote", json.dumps(self._settings), str(theirs.fileno())],
+                env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                start_new_session=True)         # so that Ctrl-C at the terminal is the trainer's alone
+        self._socket = ours
+        self._replies = ours.makefile("rb")
+
+    def greet(self) -> None:
+        self._socket.settimeout(60)
+        hello = self._reply()
+        self._base = hello["base"]
+        self.layers, self.escapes = tuple(hello["layers"]), tuple(hello["escapes"])
+        self._socket.settimeout(self._settings["seconds"] + 30)     # the zygote is to notice first
+
+    def execute(self, code: str, picture: bytes) -> Execution:
+        """Send one program, wait for its end, read what it left.  OSError or ValueError: the worker is lost."""
+        if self._process is None:
+            self.launch()
+            self.greet()
+        start = time.perf_counter()
+        source = code.encode(errors="replace")
+        with open_buffer() as job, open_buffer() as output, open_buffer() as result:
+            job.write(struct.pack("<I", len(source)) + source + picture)
+            job.flush()
+            socket.send_fds(self._socket, [b"!"], [job.fileno(), output.fileno(), result.fileno()])
+            error = self._reply()["error"]
+            # The only process that could write to these files is dead by now.
+            image, problem = read_result(result) if not error else (None, error)
+            stdout = self._tidy(read_text(output.fileno()))
+        return Execution(image, stdout, self._tidy(problem) if problem else None, time.perf_counter() - start)
+
+    def _reply(self) -> dict:
+        line = self._replies.readline()
+        if not line:
+            raise ConnectionError("the worker process ended")
+        return json.loads(line)
+
+    def _tidy(self, text: str) -> str:
+        """Remove what differs between two runs (paths, addresses) and what a terminal would obey."""
+        scratch = os.path.join(self._base, "run")
+        text = text.replace(scratch + os.sep, "").replace(scratch, ".")
+        text = re.sub(r" at 0x[0-9a-f]{6,16}\b", " at 0x...", text)
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing; harmless if there is none.  `execute` starts a new one."""
+        if self._process is None:
+            return
+        self._replies.close()
+        self._socket.close()            # the zygote sees the end, kills its program and cleans up
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        if self._base:
+            jail.wipe(self._base)       # for a zygote that was killed
+
+
+def encode(image: Image.Image) -> bytes:
+    """The input file: BMP holds the same pixels as PNG in a fraction of the time; readers look at content, not name."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def open_buffer():
+    """A file without a name, in memory where the system can: a full disk must not stop the trainer."""
+    return open(os.memfd_create("arft"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
+
+
+def read_result(file) -> tuple[Image.Image | None, str | None]:
+    """(image, None) or (None, error) from the file that the child filled; its content is not trusted."""
+    file.seek(0)
+    header = file.read(jail.HEADER.size)
+    if len(header) == jail.HEADER.size:
+        width, height, length = jail.HEADER.unpack(header)
+        if length:
+            return None, file.read(min(length, 2000)).decode(errors="replace")
+        pixels = file.read(3 * jail.PIXELS + 1)
+        if width * height and len(pixels) == 3 * width * height:
+            return Image.frombytes("RGB", (width, height), pixels), None
+    return None, "the program ended its own process"
+
+
+def read_text(fd: int) -> str:
+    """What was printed, at most OUTPUT_CHARACTERS; a character has up to four bytes."""
+    size, half = os.fstat(fd).st_size, OUTPUT_CHARACTERS // 2
+    text = os.pread(fd, 8 * half, 0).decode(errors="replace")
+    if size <= 8 * half and len(text) <= 2 * half:
+        return text
+    tail = os.pread(fd, 4 * half, max(0, size - 4 * half)).decode(errors="replace")
+    return f"{text[:half]}\n[... {size} bytes in all, the middle is left out ...]\n{tail[-half:]}"

@@ -1,0 +1,500 @@
+"""Visual Agentic Reinforcement Fine-Tuning: the program.
+
+    python arft.py --task mat-coding                         train, with evaluation before and after
+    python arft.py --task mat-coding --eval-only --model DIR evaluate a checkpoint
+
+What it teaches: the training loop as an outline. One step is
+
+    samples -> rollout.rollout -> rewards.episode_reward -> grpo.group_advantages -> grpo.update
+
+and everything else in this file is what a person needs around it: options, evaluation,
+records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and in minutes;
+the same code with another model folder and another data folder is the real thing.
+
+Read next: policy.py, rollout.py, tools.py, rewards.py, grpo.py, in this order.
+Left out: several GPUs; LoRA; a resumed run (checkpoint/ has what it will need).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+import transformers
+from jinja2 import Environment, FileSystemLoader
+from tqdm import tqdm
+
+import grpo
+from data import mat, mini
+from policy import Policy, PolicyError, load
+from rewards import episode_reward, summarize
+from rollout import Clock, Episode, Limits, rollout
+from tools import Sandbox
+
+HERE = Path(__file__).parent
+TINY = HERE / "data" / "tiny"
+HUB_MODEL, HUB_DATA = "Qwen/Qwen2.5-VL-3B-Instruct", "laolao77/MAT"
+
+
+class UsageError(ValueError):
+    """An option that cannot be; the message says which and what would do."""
+
+
+# --- options -------------------------------------------------------------------------------------------
+
+
+def option(default, help: str, choices: tuple | None = None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every option; the command line is made from it. None: chosen by `complete` from the model."""
+    task: str = option("mat-coding", "what to train and evaluate on", tuple(mat.FILES))
+    model: str | None = option(None, "checkpoint folder or hub name; default: data/tiny without CUDA, else " + HUB_MODEL)
+    data: str | None = option(None, "MAT folder; default: MAT-mini for data/tiny, else " + HUB_DATA + " from the hub")
+    out: str | None = option(None, "run folder, must not exist; default: runs/<task>-<date>-<time>")
+    device: str | None = option(None, "cpu or cuda; default: cuda where there is one")
+    seed: int = option(0, "of data order and sampling; the same seed gives the same run (CPU)")
+    steps: int | None = option(None, "training steps; default: 60 for data/tiny, else 1400 (the paper's checkpoint)")
+    eval_only: bool = option(False, "evaluate and stop")
+    eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
+    eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
+    save_every: int = option(20, "steps between checkpoints; there is always one at the end")
+    eval_batch: int = option(100, "samples evaluated side by side")
+    # the episode
+    samples_per_step: int | None = option(None, "samples in a step; default: 8 for data/tiny, else 16 (the paper)")
+    group_size: int = option(8, "episodes of each sample; paper: 8")
+    temperature: float = option(1.0, "of sampling; the scored log-probs use it, too; paper: 1")
+    max_new_tokens: int | None = option(None, "ids in one turn; default: 96 for data/tiny, else 256 (the paper)")
+    max_turns: int = option(5, "turns in an episode; paper: 5 (in evaluation)")
+    max_length: int = option(4096, "ids in an episode; an observation that does not fit ends it")
+    # the tools
+    tools: str = option("on", "off: programs do not run, the image stays as it is (a control)", ("on", "off"))
+    sandbox_workers: int = option(2, "programs that run side by side")
+    sandbox_seconds: float = option(10.0, "wall-clock limit of one program, seconds")
+    sandbox_memory: int = option(1024, "memory limit of one program, MB")
+    sandbox: str = option("auto", "strict: refuse to start where files or network are not kept safe", ("auto", "strict"))
+    # the reward
+    answer_weight: float = option(1.0, "weight of the answer's score; paper: 1, Eq. (5)")
+    format_weight: float = option(1.0, "weight of the format; paper: 1, Eq. (5)")
+    problem_weight: float = option(1.0, "weight of the stated problem; paper's code: 1")
+    answer_metric: str = option("f1", "what the answer is scored by; paper: f1", ("f1", "em"))
+    # the update
+    lr: float | None = option(None, "learning rate of AdamW; default: 1e-4 for data/tiny, else 1e-6 (the paper)")
+    warmup: int = option(5, "steps until the full learning rate")
+    beta: float = option(0.04, "weight of the KL term; 0: no reference model; paper: 0.04")
+    loss_type: str = option("grpo", "how tokens are weighed; paper: grpo", grpo.LOSS_TYPES)
+    scale: str = option("group", "what advantages are divided by; paper: group", grpo.SCALES)
+    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high (cispo: above clip_high)")
+    inner_epochs: int = option(1, "passes over a step's episodes; with 1 (the paper) and 1 minibatch the ratio is 1")
+    minibatches: int = option(1, "optimiser steps in each pass")
+    micro_batch: int | None = option(None, "episodes in one forward pass; default: 64 for data/tiny, else 2")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; paper: 1")
+    flat_groups: str = option("drop", "groups of equal rewards: drop them from the update or keep them (KL only)",
+                              ("drop", "keep"))
+
+    @property
+    def max_sampled(self) -> int:
+        """The most ids that one episode can sample: what dr_grpo divides by."""
+        return min(self.max_turns * self.max_new_tokens, self.max_length)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.temperature, self.max_new_tokens, self.max_turns, self.max_length)
+
+
+DEFAULTS = {   # for the embedded checkpoint, for anything else
+    "steps": (60, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (1e-4, 1e-6),
+    "micro_batch": (64, 2)}
+
+
+def parse_options(arguments: list[str]) -> Config:
+    """The command line as a Config. An unknown flag ends the program with exit code 2 (argparse)."""
+    parser = argparse.ArgumentParser(prog="arft.py", allow_abbrev=False, description=__doc__.split("\n")[0])
+    for field in dataclasses.fields(Config):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", help=help)
+            continue
+        kind = next(t for t in (int, float, str) if t is field.type or t in getattr(field.type, "__args__", ()))
+        suffix = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(flag, type=kind, default=field.default, choices=field.metadata["choices"],
+                            help=help + suffix)
+    return Config(**vars(parser.parse_args(arguments)))
+
+
+def check(config: Config) -> None:
+    """Raises UsageError for values that no run can have."""
+    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
+             "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
+             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0}
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            why = " (an advantage compares the episodes of a group)" if name == "group_size" else ""
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {low}{why}")
+    for name in ("temperature", "sandbox_seconds", "lr", "max_grad_norm"):
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+    if config.out and Path(config.out).exists():
+        raise UsageError(f"--out {config.out} exists; nothing was overwritten. Name a new folder or remove it")
+    if config.device not in (None, "cpu") and not (config.device.startswith("cuda") and torch.cuda.is_available()):
+        raise UsageError(f"--device {config.device} is not to be had here; use --device cpu")
+
+
+def complete(config: Config) -> list[str]:
+    """Fills in what was left open. Returns what was chosen and why, one line each."""
+    said = []
+    if config.device is None:
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+        said.append(f"device: {config.device} ({'found' if config.device == 'cuda' else 'no CUDA here'}; --device)")
+    if config.model is None and config.data is None and config.device == "cuda" and config.task == "mat-coding":
+        said += choose_from_hub(config)
+    if config.model is None:
+        config.model = str(TINY)
+        said.append("model:  data/tiny, the embedded checkpoint (--model DIR or hub name for another)")
+    embedded = Path(config.model).resolve() == TINY.resolve() or (Path(config.model) / "mini.txt").exists()
+    if config.data is None:
+        if config.task != "mat-coding":
+            raise UsageError(f"--task {config.task} needs --data FOLDER (a MAT folder, or FlashRAG files)")
+        config.data = str(mini.ensure(HERE / "data" / "cache"))
+        said.append("data:   MAT-mini, drawn by data/mini.py (--data FOLDER for a MAT folder)")
+    for name, (tiny, real) in DEFAULTS.items():
+        if getattr(config, name) is None:
+            setattr(config, name, tiny if embedded else real)
+    if config.out is None:
+        config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return said
+
+
+def choose_from_hub(config: Config) -> list[str]:
+    """With CUDA: Qwen2.5-VL-3B and MAT from the hub or its cache, or a line that says why not."""
+    from huggingface_hub import snapshot_download
+    try:
+        model = snapshot_download(HUB_MODEL)
+        data = snapshot_download(HUB_DATA, repo_type="dataset")
+    except Exception as error:      # no network, no disk, no such repository: all mean "not to be had"
+        return [f"hub:    {HUB_MODEL} and {HUB_DATA} are not to be had ({type(error).__name__}); "
+                "running the embedded default instead"]
+    config.model, config.data = model, data
+    return [f"model:  {HUB_MODEL} (--model {TINY} for the small one)", f"data:   {HUB_DATA} from the hub (--data)"]
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+def evaluate(policy: Policy, samples, tools, config: Config, temperature: float, clock: Clock, title: str):
+    """One episode per sample. Returns (summary, episodes); temperature 0 is greedy."""
+    limits = dataclasses.replace(config.limits, temperature=temperature)
+    generator = torch.Generator(policy.device).manual_seed(config.seed + 10_000)
+    episodes = []
+    with tqdm(total=len(samples), desc=title, leave=False, unit="sample") as bar:
+        for start in range(0, len(samples), config.eval_batch):
+            part = samples[start:start + config.eval_batch]
+            episodes += rollout(policy, part, limits=limits, tools=tools, generator=generator, clock=clock)
+            bar.update(len(part))
+    return summarize([e.answer for e in episodes], samples, chinese=config.task == "mat-coding"), episodes
+
+
+def evaluate_both(policy, samples, tools, config, clock, title):
+    """Greedy evaluation with the sampled one (temperature 1) under "sampled"; and the greedy episodes."""
+    summary, episodes = evaluate(policy, samples, tools, config, 0.0, clock, f"{title}, greedy")
+    sampled, _ = evaluate(policy, samples, tools, config, 1.0, clock, f"{title}, sampled")
+    summary["sampled"] = sampled
+    return summary, episodes
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+def endless(samples: list, order: random.Random):
+    """The samples in a new random order each time round."""
+    while True:
+        yield from order.sample(samples, len(samples))
+
+
+def score(episodes: list[Episode], config: Config) -> list:
+    """The reward of each episode. A number that is not finite stops the run and names the sample (law 6)."""
+    rewards = [episode_reward(e, answer_weight=config.answer_weight, format_weight=config.format_weight,
+                              problem_weight=config.problem_weight, answer_metric=config.answer_metric)
+               for e in episodes]
+    for episode, reward in zip(episodes, rewards):
+        if not math.isfinite(reward.total):
+            raise UsageError(f"sample {episode.sample.id}: its reward is {reward.total}; check the reward weights")
+    return rewards
+
+
+def teaching_rows(totals: torch.Tensor, config: Config) -> list[int]:
+    """The episodes that enter the update: with --flat-groups drop, those of groups whose rewards differ."""
+    groups = totals.view(-1, config.group_size)
+    differs = groups.max(dim=1).values > groups.min(dim=1).values
+    if config.flat_groups == "keep":
+        differs = torch.ones_like(differs)
+    return differs.repeat_interleave(config.group_size).nonzero()[:, 0].tolist()
+
+
+class Trainer:
+    """Everything that changes from step to step: policy, optimiser, random states, order of the data."""
+
+    def __init__(self, policy: Policy, samples: list, tools, config: Config):
+        self.policy, self.tools, self.config = policy, tools, config
+        self.reference = grpo.reference_of(policy) if config.beta > 0 else None
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.steps = 0          # complete steps
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        self.order = endless(samples, random.Random(config.seed))
+
+    def step(self) -> dict:
+        """One step of GRPO. Returns what it did: episodes, rewards, advantages, statistics, seconds."""
+        config, clock, start = self.config, Clock(), time.perf_counter()
+        samples = [next(self.order) for _ in range(config.samples_per_step)]
+        episodes = rollout(self.policy, samples, group_size=config.group_size, limits=config.limits,
+                           tools=self.tools, generator=self.generator, clock=clock)
+        rewards = score(episodes, config)
+        totals = torch.tensor([reward.total for reward in rewards])                        # [N]
+        advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
+        rows, stats = teaching_rows(totals, config), {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (self.steps + 1) / (config.warmup + 1))
+        with clock.phase("update"):
+            if rows:
+                stats = grpo.update(self.policy, self.reference, [episodes[i] for i in rows], advantages[rows],
+                                    self.optimizer, config, self.generator)
+        stats["lr"] = self.optimizer.param_groups[0]["lr"]
+        self.steps += 1
+        return {"episodes": episodes, "rewards": rewards, "totals": totals, "advantages": advantages,
+                "stats": stats, "clock": clock, "seconds": time.perf_counter() - start}
+
+    def state(self) -> dict:
+        """What a resumed run needs beside the model."""
+        return {"step": self.steps, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+
+
+def train(trainer: Trainer, run: "Run", held_out: list) -> None:
+    """Steps, records, checkpoints. Ctrl-C ends it after saving what was learned."""
+    config = trainer.config
+    bar = tqdm(range(1, config.steps + 1), desc="training", unit="step")
+    try:
+        for step in bar:
+            done = trainer.step()
+            run.record_step(step, done, config)
+            tqdm.write(run.step_line())
+            if config.eval_every and step % config.eval_every == 0:
+                summary, _ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
+                run.record_evaluation(step, summary)
+            if step % config.save_every == 0 or step == config.steps:
+                run.save_checkpoint(trainer)
+    except KeyboardInterrupt:
+        tqdm.write(f"interrupted after {run.steps} complete steps; saving what was learned")
+        run.interrupted = True
+        run.save_checkpoint(trainer)
+
+
+# --- the run folder ---------------------------------------------------------------------------------------
+
+
+def rounded(value, digits: int = 6):
+    """Numbers as a person would log them; dictionaries and lists inside, too."""
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v, digits) for v in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def step_metrics(step: int, done: dict, group_size: int) -> dict:
+    """One line of metrics.jsonl."""
+    episodes, rewards, totals = done["episodes"], done["rewards"], done["totals"]
+    groups, turns = totals.view(-1, group_size), [t for e in episodes for t in e.turns]
+    runs = [t.execution for t in turns if t.execution is not None]
+    sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
+    mean = lambda name: float(np.mean([getattr(r, name) for r in rewards]))     # noqa: E731
+    return rounded({
+        "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
+        "answer": mean("answer"), "format": mean("format"), "problem": mean("problem"), "em": mean("em"),
+        "group_std": groups.std(dim=1).mean().item(),
+        "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
+        **done["stats"],
+        "tool_calls": len(runs), "tool_failures": sum(r.image is None for r in runs),
+        "turns": len(turns) / len(episodes), "tokens": sampled / len(episodes),
+        "tokens_per_second": sampled / max(sum(v for k, v in seconds.items() if k != "update"), 1e-9),
+        "seconds": done["seconds"], "seconds_by_phase": dict(seconds)})
+
+
+class Run:
+    """The folder of one run, and what is written there."""
+
+    def __init__(self, config: Config):
+        self.folder, self.clock, self.started = Path(config.out), Clock(), time.perf_counter()
+        self.metrics, self.curve, self.summary = [], [], {}
+        self.interrupted, self.group_size = False, config.group_size
+        (self.folder / "images").mkdir(parents=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "transformers": transformers.__version__, "numpy": np.__version__}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        self.write_json("config.json", dataclasses.asdict(config) | {"versions": versions, "commit": commit or None})
+
+    @property
+    def steps(self) -> int:
+        return len(self.metrics)
+
+    def write_json(self, name: str, value) -> None:
+        (self.folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+
+    def append(self, name: str, *objects: dict) -> None:
+        with open(self.folder / name, "a") as file:
+            file.writelines(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
+
+    def record_step(self, step: int, done: dict, config: Config) -> None:
+        self.metrics.append(step_metrics(step, done, config.group_size))
+        for phase, seconds in done["clock"].seconds.items():
+            self.clock.seconds[phase] += seconds
+        self.append("metrics.jsonl", self.metrics[-1])
+        records = [self.episode_record(f"step-{step}", i, episode, reward, float(advantage), i < config.group_size)
+                   for i, (episode, reward, advantage)
+                   in enumerate(zip(done["episodes"], done["rewards"], done["advantages"]))]
+        self.append("episodes.jsonl", *records)
+
+    def episode_record(self, when: str, i: int, episode: Episode, reward, advantage: float | None, images: bool) -> dict:
+        """What was shown, written and returned; with `images`, the returned images as files."""
+        turns = []
+        for k, turn in enumerate(episode.turns):
+            run = turn.execution
+            name = None
+            if run is not None and run.image is not None and images:
+                name = f"images/{when}-{i}-{k}.png"
+                run.image.save(self.folder / name)
+            turns.append({"text": turn.text, "action": turn.action.kind, "finished": turn.finished,
+                          "observation": turn.observation, "image": name,
+                          "error": run.error if run is not None else None})
+        sample = episode.sample
+        return {"when": when, "sample": sample.id, "image": str(sample.image_path) if sample.image_path else None,
+                "question": sample.question, "gold": list(sample.golds), "problems": list(sample.problems),
+                "split": sample.split, "turns": turns, "answer": episode.answer, "ended": episode.ended,
+                "reward": rounded(dataclasses.asdict(reward)), "advantage": rounded(advantage)}
+
+    def record_evaluation(self, when: int | str, summary: dict, episodes: list | None = None, config=None) -> None:
+        """Keeps a summary; before and after training also every prediction and episode."""
+        self.summary[str(when)] = rounded(summary)
+        self.curve.append({"step": 0 if when == "before" else self.steps, "greedy": summary["em"],
+                           "sampled": summary["sampled"]["em"]})
+        if episodes is None:
+            return
+        self.write_json(f"predictions-{when}.json", [
+            {"id": int(e.sample.id) if e.sample.id.isdigit() else e.sample.id, "gt": list(e.sample.golds),
+             "pred_answer": e.answer} for e in episodes])
+        rewards = score(episodes, config)
+        self.append("episodes.jsonl", *(self.episode_record(str(when), i, e, r, None, True)
+                                        for i, (e, r) in enumerate(zip(episodes, rewards))))
+
+    def step_line(self) -> str:
+        """The last step in at most 100 columns."""
+        m = self.metrics[-1]
+        return (f"step {m['step']:4d} | reward {m['reward_mean']:.2f} | EM {m['em']:.2f} | problem {m['problem']:.2f} | "
+                f"KL {m.get('kl', 0):.3f} | entropy {m.get('entropy', 0):.2f} | "
+                f"tools {m['tool_calls']}, {m['tool_failures']} failed | {m['seconds']:.1f} s")
+
+    def save_checkpoint(self, trainer: Trainer) -> None:
+        """checkpoint/: model and training state after the last complete step; the new one is complete before the old one goes."""
+        new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
+        trainer.policy.save(new)
+        torch.save(trainer.state(), new / "training_state.pt")
+        if old.exists():
+            shutil.rmtree(old)
+        new.rename(old)
+
+    def finish(self, policy: Policy, config: Config) -> None:
+        """model/, summary.json and report.html."""
+        if self.steps:
+            policy.save(self.folder / "model")
+        seconds = rounded(dict(self.clock.seconds))
+        summary = {name: self.summary[name] for name in ("before", "after") if name in self.summary}
+        self.write_json("summary.json", summary | {
+            "steps": self.steps, "interrupted": self.interrupted,
+            "seconds": round(time.perf_counter() - self.started, 1), "seconds_by_phase": seconds, "curve": self.curve})
+        page = Environment(loader=FileSystemLoader(HERE / "data"), autoescape=True).get_template("report.html")
+        (self.folder / "report.html").write_text(page.render(
+            config=dataclasses.asdict(config), metrics=self.metrics, curve=self.curve, summary=summary, phases=seconds))
+
+
+def table(summary: dict) -> str:
+    """Before and after, greedy and sampled, by split, with 95% intervals, in percent."""
+    lines = [f"{'':22}{'n':>5}  {'EM %':>6} {'[95%]':>14}  {'F1 %':>6} {'[95%]':>14}"]
+
+    def row(name, s):
+        low, high, flow, fhigh = (100 * v for v in (*s["em_ci95"], *s["f1_ci95"]))
+        lines.append(f"{name:22}{s['n']:5d}  {100 * s['em']:6.1f} [{low:5.1f}, {high:5.1f}]  "
+                     f"{100 * s['f1']:6.1f} [{flow:5.1f}, {fhigh:5.1f}]")
+    for when in ("before", "after"):
+        if when in summary:
+            row(f"{when}, greedy", summary[when])
+            for split, part in summary[when].get("splits", {}).items():
+                row(f"  {split}", part)
+            row(f"{when}, sampled", summary[when]["sampled"])
+    return "\n".join(lines)
+
+
+# --- the program --------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config = parse_options(arguments)
+        check(config)
+        return start(config)
+    except (UsageError, PolicyError, mat.DataError) as error:
+        print(f"arft.py: {error}", file=sys.stderr)
+        return 2
+
+
+def start(config: Config) -> int:
+    """One run, from options to summary."""
+    for line in complete(config):
+        print(line)
+    transformers.utils.logging.disable_progress_bar()      # ours say what is going on
+    torch.set_flush_denormal(True)          # denormal numbers slow a long run on the CPU down twofold
+    torch.manual_seed(config.seed)
+    held_out = mat.load(config.task, config.data, "test")
+    held_out = held_out[:config.eval_samples or len(held_out)]
+    training = [] if config.eval_only else mat.load(config.task, config.data, "train")
+    policy = load(config.model, config.device, torch.float32 if config.device == "cpu" else torch.bfloat16)
+    run = Run(config)
+    print(f"run:    {config.out}: {len(held_out)} held-out samples" + ("" if config.eval_only else (
+        f", {len(training)} for training, {config.steps} steps of {config.samples_per_step} x {config.group_size} episodes")))
+    with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
+                 strict=config.sandbox == "strict") as sandbox:
+        print(f"tools:  {sandbox.describe()}" if config.tools == "on" else "tools:  off; programs return the image as it is")
+        tools = sandbox if config.tools == "on" else None
+        try:
+            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"), config)
+            if not config.eval_only:
+                train(Trainer(policy, training, tools, config), run, held_out)
+                if not run.interrupted:
+                    run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"),
+                                          config)
+        except KeyboardInterrupt:
+            run.interrupted = True
+        run.finish(policy, config)
+    print(table(run.summary))
+    print(f"{run.steps} steps, {time.perf_counter() - run.started:.0f} s; everything is in {config.out}")
+    return 130 if run.interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

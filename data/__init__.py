@@ -1,0 +1,1 @@
+"""The data: MAT as published (mat.py), drawn on a laptop scale (mini.py), and the embedded checkpoint (tiny/)."""

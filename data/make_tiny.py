@@ -1,0 +1,328 @@
+"""Makes data/tiny: a Qwen2.5-VL of 1.8 million parameters that knows how to act but not what to do.
+
+What it teaches: the cold start that reinforcement learning needs. The model is drawn
+at random, learns to read signs, then imitates a *careless* demonstrator on MAT-mini's
+training texts: right tags, runnable and varied programs that do what was stated, and
+mostly wrong diagnoses. He says "none" most often, states the truth now and then, and
+otherwise anything. So the likeliest diagnosis is wrong, yet the right one is in reach:
+that is what GRPO amplifies. Demonstrations never teach to read an unreadable image:
+where the stated repair does not restore the sign, the answer's digits have no weight.
+
+    python -m data.make_tiny            # about 20 minutes on two cores; writes data/tiny
+    python -m data.make_tiny --table    # only measures the table in data/tiny/README.md
+
+Read next: arft.py, which trains the result. Left out: everything a large model learns before.
+"""
+
+import argparse
+import io
+import math
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import rollout
+from data import mini
+from data.mat import Sample
+from grpo import collate
+from policy import Policy, load
+from rollout import Episode
+
+HOME = Path(__file__).parent / "tiny"
+VIEW = 56                                      # the model sees every image at about 56 x 56: 16 patches, 4 tokens
+SYSTEM = "Repair the image, then read it."     # short, because the small model pays for every token
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+           "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>")
+TRUTH, NONE = 0.35, 0.40                       # how often the demonstrator states the truth, and "none"
+THOUGHTS = {
+    "problem": ("Look at it first.", "What is wrong here?", "I check the image.", "How does it look?"),
+    "code": ("This should help.", "I repair it.", "A short program does it."),
+    "answer": ("Now I read it.", "I see the number.", "This is what it says."),
+}
+PROBLEMS = [(p,) for p in (*mini.SINGLES, "crop")] + list(mini.DOUBLES)
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ part.text }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{ '<|im_end|>\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}")
+
+
+# --- the checkpoint's parts ----------------------------------------------------------------------------
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the demonstrator's language, with Qwen2.5-VL's special tokens.
+
+    Words keep the space or line break before them and digits stand alone: half as many ids as
+    Qwen's own splitting, which halves everything the laptop has to compute.
+    """
+    split = Regex(r"[\r\n]*</?[a-z]+>|\p{N}|[\r\n]*[^\S\r\n]?[{}'\",]+|[\r\n]*[^\S\r\n]?[^\s\p{N}<{}'\",]+|<|\s*[\r\n]+|\s+")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=[], show_progress=False)
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=list(SPECIAL[3:]), chat_template=CHAT_TEMPLATE)
+
+
+def _corpus():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        for problems in PROBLEMS:
+            sample = mini.make_sample(problems, mini.texts("train"), rng)
+            yield SYSTEM + "\n" + sample["question"]
+            for kind, body in _turn_bodies(problems, sample, rng):
+                yield turn_text(kind, body, rng)
+    for reply in (rollout.REPLY_PROBLEM, rollout.REPLY_NONE, rollout.REPLY_IMAGE, rollout.REPLY_FAILED,
+                  rollout.REPLY_MALFORMED, rollout.REPLY_NO_SEARCH, "system\n", "user\n", "assistant\n"):
+        yield from [reply] * 50
+
+
+def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """1.8 million parameters: 3 vision and 3 language layers, 128 wide, drawn at random."""
+    ids = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
+                         rope_parameters=rope, tie_word_embeddings=True, bos_token_id=None,
+                         eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>")),
+        vision_config=dict(depth=3, hidden_size=128, intermediate_size=384, num_heads=4, out_hidden_size=128,
+                           patch_size=14, spatial_merge_size=2, temporal_patch_size=1, window_size=112,
+                           fullatt_block_indexes=[0, 1, 2]),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for name, weight in model.named_parameters():      # transformers' 0.02 is too small for so narrow a model
+        if weight.dim() >= 2:
+            fan_in = weight[0].numel()
+            torch.nn.init.normal_(weight, std=0.02 if "embed_tokens" in name else fan_in ** -0.5)
+    return model
+
+
+def make_policy() -> Policy:
+    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=1,
+                                         min_pixels=VIEW * VIEW, max_pixels=VIEW * VIEW)
+    tokenizer = make_tokenizer()
+    return Policy(make_model(tokenizer), tokenizer, processor, SYSTEM)
+
+
+# --- the careless demonstrator ---------------------------------------------------------------------------
+
+
+def turn_text(kind: str, body: str, rng) -> str:
+    return f"<think>{rng.choice(THOUGHTS[kind])}</think>\n<{kind}>{body}</{kind}>"
+
+
+def _turn_bodies(stated: tuple[str, ...], sample: dict, rng) -> list[tuple[str, str]]:
+    bodies = [("problem", "{" + ", ".join(f"'{p}'" for p in stated) + "}")]
+    if stated != ("none",):
+        bodies.append(("code", f"\n```python\n{mini.program(stated, sample['box'], rng)}\n```\n"))
+    return bodies + [("answer", sample["answer"])]
+
+
+def stated_problem(truth: tuple[str, ...], rng) -> tuple[str, ...]:
+    """What the demonstrator says is wrong with the image."""
+    dice = rng.random()
+    if dice < TRUTH:
+        return truth
+    return ("none",) if dice < TRUTH + NONE else PROBLEMS[rng.integers(len(PROBLEMS))]
+
+
+def run_trusted(code: str, image: Image.Image) -> Image.Image:
+    """Runs one of mini.program's own programs in this process (model-written code never comes here)."""
+    scope = {"Image": Image, "ImageEnhance": ImageEnhance, "ImageFilter": ImageFilter, "ImageOps": ImageOps,
+             "image": image}
+    exec("\n".join(code.split("\n")[2:-1]), scope)      # without the import, open and save lines
+    stored = io.BytesIO()
+    scope["image"].save(stored, "JPEG")                 # the sandbox's program saves a .jpg, too
+    return Image.open(stored).convert("RGB")
+
+
+@torch.no_grad()
+def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[float]]:
+    """One demonstration as an Episode and the loss weight of each id.
+
+    read_only: the image is whole already or was rightly repaired, "none" is stated, and only the
+    digits count: this teaches reading and nothing about diagnosis.
+    """
+    truth = PROBLEMS[rng.integers(len(PROBLEMS))]
+    sample = mini.make_sample(truth, mini.texts("train"), rng)
+    view = sample["shown"]
+    if read_only:
+        if truth != ("none",):
+            view = run_trusted(mini.program(truth, sample["box"], rng), view)
+        truth = stated = ("none",)
+    else:
+        stated = stated_problem(truth, rng)
+    image = policy.image_input(view)
+    episode, weights = Episode(Sample("", sample["question"], (sample["answer"],), None)), []
+    _grow(policy, episode, weights, policy.prompt_ids(sample["question"], [image]), 0.0, [image])
+    readable = stated == truth
+    for kind, body in _turn_bodies(stated, sample, rng):
+        text = turn_text(kind, body, rng)
+        ids = [*policy.text_ids(text), policy.im_end]
+        _grow(policy, episode, weights, ids, 0.0 if read_only else 1.0)
+        if kind == "answer":        # the digits: the ids before "</answer>" and the end of the turn
+            for k in range(len(body)):
+                weights[-3 - k] = 4.0 if readable else 0.0
+        elif kind == "problem":
+            if not read_only and rng.random() < 0.5:
+                break               # half of the demonstrations are the diagnosis alone: it is what is hard
+            reply, images = (rollout.REPLY_NONE if stated == ("none",) else rollout.REPLY_PROBLEM), []
+            _grow(policy, episode, weights, policy.observation_ids(reply, images), 0.0, images)
+        else:
+            view = run_trusted(mini.program(stated, sample["box"], rng), view)
+            images = [policy.image_input(view)]
+            _grow(policy, episode, weights, policy.observation_ids(rollout.REPLY_IMAGE, images), 0.0, images)
+    return episode, weights
+
+
+def _grow(policy, episode, weights, ids, weight, images=()):
+    episode.append(ids, mask=0, images=list(images), holders=sum(map(policy.image_tokens, images)))
+    weights += [weight] * len(ids)
+
+
+# --- supervised learning ----------------------------------------------------------------------------------
+
+
+class Demonstrations(torch.utils.data.IterableDataset):
+    """Endless batches of fresh demonstrations, drawn in a process of its own."""
+
+    def __init__(self, policy: Policy, batch: int, seed: int, read_only: bool):
+        self.policy, self.batch, self.seed, self.read_only = policy, batch, seed, read_only
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.seed, self.read_only, worker.id if worker else 0])
+        while True:
+            demos = [demonstrate(self.policy, rng, self.read_only or i % 5 == 0) for i in range(self.batch)]
+            batch = collate(self.policy, [episode for episode, _ in demos])
+            length = batch.ids.shape[1]
+            batch.mask = torch.tensor([w + [0.0] * (length - len(w)) for _, w in demos])
+            yield batch
+
+
+def make_optimizers(model, lr: float):
+    """Muon for the matrices inside the transformer, AdamW for everything else (TINY scale: minutes, not hours)."""
+    matrices = [w for n, w in model.named_parameters() if w.dim() == 2 and "embed_tokens" not in n]
+    rest = [w for n, w in model.named_parameters() if w.dim() != 2 or "embed_tokens" in n]
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def train(policy: Policy, steps: int, read_only: bool, seed: int, lr: float = 2e-3, batch: int = 64):
+    """Weighted next-id prediction on demonstrations; the rate warms up over 30 steps and falls to a tenth."""
+    optimizers = make_optimizers(policy.model, lr)
+    loader = iter(torch.utils.data.DataLoader(Demonstrations(policy, batch, seed, read_only), batch_size=None,
+                                              num_workers=1, prefetch_factor=4))
+    start, ema = time.time(), {}
+    for step in range(steps):
+        rate = lr * min(1, (step + 1) / 30) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        demo = next(loader)
+        rows, columns = demo.mask.nonzero(as_tuple=True)
+        hidden = policy.hidden(demo.ids, demo.positions, demo.attention, policy.features(demo.images))
+        logits = policy.model.lm_head(hidden[rows, columns - 1])
+        target, weight = demo.ids[rows, columns], demo.mask[rows, columns]
+        loss = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        digits = weight == 4.0
+        right = (logits.argmax(-1) == target)[digits].float().mean().item() if digits.any() else 0.0
+        for name, value in {"loss": loss.item(), "digit accuracy": right}.items():
+            ema[name] = 0.95 * ema.get(name, value) + 0.05 * value
+        if (step + 1) % 25 == 0:
+            print(f"{'read ' if read_only else 'trace'} {step + 1:4d}/{steps}  loss {ema['loss']:.3f}  "
+                  f"digit accuracy {ema['digit accuracy']:.3f}  {time.time() - start:.0f} s", flush=True)
+
+
+# --- the table of the README -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read_em(policy: Policy, images: list[Image.Image], answers: list[str]) -> float:
+    """Share of images that the model reads rightly when it must answer at once ("none" was stated for it)."""
+    episodes = []
+    for view in images:
+        image, episode, weights = policy.image_input(view), Episode(Sample("", "", (), None)), []
+        _grow(policy, episode, weights, policy.prompt_ids(mini.QUESTIONS[0], [image]), 0.0, [image])
+        stated = f"<think>{THOUGHTS['problem'][0]}</think>\n<problem>{{'none'}}</problem>"
+        ids = [*policy.text_ids(stated), policy.im_end, *policy.observation_ids(rollout.REPLY_NONE, []),
+               *policy.text_ids(f"<think>{THOUGHTS['answer'][0]}</think>\n<answer>")]
+        _grow(policy, episode, weights, ids, 0.0)
+        episodes.append(episode)
+    written = [""] * len(images)
+    for _ in range(2):              # two digits, greedily
+        batch = collate(policy, episodes)
+        hidden = policy.hidden(batch.ids, batch.positions, batch.attention, policy.features(batch.images))
+        last = batch.attention.sum(1) - 1
+        for i, new in enumerate(policy.log_probs(hidden[torch.arange(len(last)), last]).argmax(-1).tolist()):
+            written[i] += policy.decode([new])
+            episodes[i].append([new], mask=0)
+    return float(np.mean([w == a for w, a in zip(written, answers)]))
+
+
+def measure(policy: Policy, count: int = 100) -> str:
+    """The table raw / rightly repaired / wrongly repaired, on held-out texts, as Markdown."""
+    rng = np.random.default_rng(7)
+    lines = ["| problem | raw | right repair | best wrong repair | which |", "|---|---|---|---|---|"]
+    for truth in PROBLEMS:
+        samples = [mini.make_sample(truth, mini.texts("test"), rng) for _ in range(count)]
+        answers = [s["answer"] for s in samples]
+        scores = {}
+        for stated in PROBLEMS:
+            boxes = [s["box"] or mini.BOXES[0] for s in samples]
+            views = [s["shown"] if stated == ("none",) else
+                     run_trusted(mini.program(stated, box, rng), s["shown"]) for s, box in zip(samples, boxes)]
+            scores["+".join(stated)] = read_em(policy, views, answers)
+        name = "+".join(truth)
+        wrong = max((k for k in scores if k not in (name, "none")), key=scores.get)
+        lines.append(f"| {name} | {scores['none']:.2f} | {scores[name]:.2f} | {scores[wrong]:.2f} | {wrong} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="only measure the checkpoint that is there")
+    parser.add_argument("--out", type=Path, default=HOME)
+    parser.add_argument("--read-steps", type=int, default=350)
+    parser.add_argument("--trace-steps", type=int, default=650)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)      # denormal numbers slow a long run on the CPU down twofold
+    if not options.table:
+        torch.manual_seed(options.seed)
+        policy = make_policy()
+        print(f"{sum(w.numel() for w in policy.model.parameters()):,} parameters, {len(policy.tokenizer)} ids")
+        train(policy, options.read_steps, read_only=True, seed=options.seed)
+        train(policy, options.trace_steps, read_only=False, seed=options.seed)
+        policy.save(options.out)
+        print(f"saved in {options.out}; commit " + subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HOME.parent).stdout.strip())
+    print(measure(load(str(options.out))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""GRPO by hand: group advantages, the clipped and KL-regularised loss, one update.
+
+What it teaches: the whole algorithm. For each sample the policy writes a group of G
+episodes; an episode is as good as its reward is above its group's mean; each id that
+the policy sampled is made likelier or less likely by that much, with two brakes.
+
+    advantage   A_i     = (r_i - mean(r)) / (std(r) + 1e-4)         over the group of G
+    ratio       rho_t   = exp(logp_t - logp_old_t)                  1 on the first update
+    objective   Eq. (1) = min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) - beta * KL_t
+    KL estimate KL_t    = exp(d) - d - 1,  d = logp_ref_t - logp_t  (k3, never negative)
+
+Eq. (1) is the numbering of Visual-ARFT (arXiv 2505.14246): maximise the expected reward
+minus beta times the divergence from the reference. On the first update after sampling
+rho is 1 for every id and the advantages of a group sum to zero, so the policy term of
+the loss is about zero. Its gradient is not: d rho / d logp is 1 there, which leaves
+A * grad logp, the policy gradient. Watch the reward, not the loss.
+
+Differences from the paper's released trainer: episodes are sampled whole, on-policy,
+with the tools in the loop (there: single steps on stored contexts, no tool runs); every
+advantage belongs to the text that was sampled (there: one completion of each group has
+its text replaced by the gold turn before the reward is computed); ratio and clipping are
+real (there: one update per batch, the ratio is identically 1). `--inner-epochs 2` shows
+them at work.
+
+Read next: arft.py. Left out: a learned value function, importance weights for another sampler.
+
+Dimensions: B episodes, G of them to a group, T tokens, V vocabulary.
+"""
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from policy import ImageInput, Policy
+from rollout import Episode
+
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+SCALES = ("group", "batch", "none")
+
+# --- advantages ------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int, scale: str = "group") -> torch.Tensor:
+    """How much better each episode is than the mean of its group. [N] -> [N], N = groups * G.
+
+    scale "group" divides by the group's own standard deviation (the paper), "batch" by that of
+    all rewards, "none" not at all (Dr. GRPO). Deviations are unbiased (divided by n - 1), 1e-4
+    is added to them. A group whose rewards are all equal gets zeros: it teaches nothing.
+
+    >>> group_advantages(torch.tensor([1., 0., 0., 1.,   5., 5., 5., 5.]), 4, "none")
+    tensor([ 0.5000, -0.5000, -0.5000,  0.5000,  0.0000,  0.0000,  0.0000,  0.0000])
+    """
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not make groups of {group_size} (at least 2)")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(SCALES)}")
+    if not torch.isfinite(rewards).all():
+        raise ValueError("rewards must be finite numbers")
+    groups = rewards.view(-1, group_size)                                  # [N / G, G]
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if scale == "group":
+        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)
+    elif scale == "batch":
+        centred = centred / (rewards.std() + 1e-4)
+    # a mean of equal floats can differ from them in the last bit; a flat group is exactly zero
+    flat = groups.max(dim=1, keepdim=True).values == groups.min(dim=1, keepdim=True).values
+    return centred.masked_fill(flat, 0.0).view(-1)
+
+
+# --- the loss ----------------------------------------------------------------------------------------
+
+
+def policy_loss(logp, logp_old, logp_ref, advantages, mask, *, loss_type: str = "grpo", clip_low: float = 0.2,
+                clip_high: float = 0.2, beta: float = 0.04, max_length: int | None = None):
+    """The loss to minimise and its statistics: (scalar tensor, dict of floats).
+
+    logp, logp_old [B, T]; logp_ref [B, T], or None for no KL term; advantages [B]; mask [B, T],
+    1 where the policy sampled the id. Positions with mask 0 count for nothing, whatever they hold.
+
+    loss_type says how tokens are weighed:
+      grpo     mean over a sequence's tokens, then over sequences (the paper)
+      dapo     mean over all tokens of the batch
+      dr_grpo  sum over all tokens / (B * max_length)
+      gspo     as grpo, with one ratio for a sequence: exp of its mean log-ratio
+      cispo    mean over all tokens of -stopgrad(min(ratio, clip_high)) * A * logp;
+               clip_high is an absolute cap there, and no token loses its gradient
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}; one of {', '.join(LOSS_TYPES)}")
+    mask = mask.to(logp.dtype)                                             # [B, T]
+    A = advantages[:, None]                                                # [B, 1]
+    log_ratio = (logp - logp_old).masked_fill(mask == 0, 0.0)              # [B, T]
+    if loss_type == "gspo":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)   # [B, 1]
+    ratio = log_ratio.exp()
+
+    if loss_type == "cispo":
+        per_token = -ratio.clamp(max=clip_high).detach() * A * logp
+        clipped = (ratio > clip_high).expand_as(logp)
+    else:
+        unclipped = ratio * A
+        bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * A
+        per_token = -torch.minimum(unclipped, bounded).expand_as(logp)     # Eq. (1), the reward's half
+        clipped = (bounded < unclipped).expand_as(logp)
+    kl = torch.zeros_like(logp)
+    if logp_ref is not None:
+        d = (logp_ref - logp).masked_fill(mask == 0, 0.0)
+        kl = d.exp() - d - 1                                               # k3 of KL(policy || reference)
+        per_token = per_token + beta * kl                                  # Eq. (1), the divergence's half
+    loss = _aggregate(per_token, mask, loss_type, max_length)
+    return loss, _token_means(mask, kl=kl, ratio=ratio.expand_as(logp), clip_fraction=clipped)
+
+
+def _aggregate(per_token, mask, loss_type: str, max_length: int | None):
+    """[B, T] -> scalar: the weights that loss_type gives to tokens and sequences."""
+    per_token = per_token.masked_fill(mask == 0, 0.0)
+    if loss_type in ("dapo", "cispo"):
+        return per_token.sum() / mask.sum().clamp(min=1)
+    if loss_type == "dr_grpo":
+        if not max_length:
+            raise ValueError("loss_type dr_grpo divides by max_length: give the most tokens an episode can sample")
+        return per_token.sum() / (len(mask) * max_length)
+    return (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def _token_means(mask, **values) -> dict[str, float]:
+    count = mask.sum().clamp(min=1)
+    return {name: ((value.detach() * mask).sum() / count).item() for name, value in values.items()}
+
+
+def micro_weight(loss_type: str, part_mask, whole_mask) -> float:
+    """What a micro-batch's loss counts in the whole minibatch's, so that accumulation changes nothing."""
+    if loss_type in ("dapo", "cispo"):
+        return (part_mask.sum() / whole_mask.sum().clamp(min=1)).item()
+    return len(part_mask) / len(whole_mask)
+
+
+# --- episodes as tensors -------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """B episodes side by side, padded on the right to T."""
+    ids: torch.Tensor            # [B, T]
+    positions: torch.Tensor      # [3, B, T]
+    attention: torch.Tensor      # [B, T], 1 where there is an id
+    mask: torch.Tensor           # [B, T], 1 where the policy sampled it
+    logp_old: torch.Tensor       # [B, T], at sampling; 0 elsewhere
+    images: list[ImageInput]     # row by row, in reading order
+
+
+def collate(policy: Policy, episodes: list[Episode]) -> Batch:
+    """Pads episodes to one length. Padding is 0 in attention and mask; which id it has does not matter."""
+    length = max(len(e.ids) for e in episodes)
+
+    def rows(of, dtype):
+        return torch.tensor([[*of(e), *[0] * (length - len(of(e)))] for e in episodes], dtype=dtype).to(policy.device)
+
+    positions = [policy.positions(e.ids, e.images) for e in episodes]
+    positions = torch.stack([torch.nn.functional.pad(p, (0, length - p.shape[1])) for p in positions], dim=1)
+    return Batch(rows(lambda e: e.ids, torch.long), positions.to(policy.device),
+                 rows(lambda e: [1] * len(e.ids), torch.long), rows(lambda e: e.mask, torch.float32),
+                 rows(lambda e: e.logp, torch.float32), [image for e in episodes for image in e.images])
+
+
+def episode_logp(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of every sampled id, and the entropy where it was sampled. [B, T] and [B, T], 0 off the mask.
+
+    Column t belongs to ids[:, t]; the hidden state that predicts it is that of column t - 1.
+    Only these states meet the vocabulary matrix: never [B, T, V] at once.
+    """
+    features = policy.features(batch.images)
+    hidden = policy.hidden(batch.ids, batch.positions, batch.attention, features)        # [B, T, D]
+    rows, columns = batch.mask.nonzero(as_tuple=True)                                    # [N] sampled ids
+    log_probs = policy.log_probs(hidden[rows, columns - 1], temperature)                 # [N, V]
+    chosen = log_probs.gather(1, batch.ids[rows, columns, None])[:, 0]
+    entropy = -(log_probs.exp() * log_probs.masked_fill(policy.barred, 0.0)).sum(dim=1)
+    blank = torch.zeros_like(batch.mask)
+    return (blank.index_put((rows, columns), chosen), blank.index_put((rows, columns), entropy.detach()))
+
+
+# --- one update ------------------------------------------------------------------------------------------
+
+
+def reference_of(policy: Policy) -> Policy:
+    """A frozen copy: the point that the KL term pulls back to."""
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return Policy(model, policy.tokenizer, policy.image_processor, policy.system_prompt)
+
+
+def update(policy: Policy, reference: Policy | None, episodes: list[Episode], advantages: torch.Tensor,
+           optimizer: torch.optim.Optimizer, config, generator: torch.Generator) -> dict[str, float]:
+    """Trains on one step's episodes: inner epochs over minibatches, one optimiser step for each.
+
+    `config` has inner_epochs, minibatches, micro_batch, temperature, loss_type, clip_low, clip_high, beta,
+    max_sampled and max_grad_norm. A minibatch whose gradient is not finite is skipped and counted.
+    Returns means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
+    before the first optimiser step.
+    """
+    stats, count, skipped = defaultdict(float), 0, 0
+    logp_error = 0.0
+    for epoch in range(config.inner_epochs):
+        order = (torch.randperm(len(episodes), generator=generator) if config.minibatches > 1
+                 else torch.arange(len(episodes)))
+        for rows in order.chunk(config.minibatches):
+            rows = rows.sort().values.tolist()          # neighbours share their prompt's image
+            optimizer.zero_grad(set_to_none=True)
+            part, error = _accumulate(policy, reference, [episodes[i] for i in rows], advantages[rows], config)
+            if count + skipped == 0:
+                logp_error = error
+            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                skipped += 1
+                continue
+            optimizer.step()
+            count += 1
+            for name, value in (part | {"grad_norm": norm.item()}).items():
+                stats[name] += value
+    optimizer.zero_grad(set_to_none=True)
+    return {name: value / max(count, 1) for name, value in stats.items()} | {
+        "logp_error": logp_error, "updates": count, "skipped_updates": skipped}
+
+
+def _accumulate(policy, reference, episodes, advantages, config) -> tuple[dict[str, float], float]:
+    """Adds the gradient of one minibatch, a micro-batch at a time. Returns its statistics and logp error."""
+    whole = torch.tensor([sum(e.mask) for e in episodes])                  # tokens of each episode
+    stats, error = defaultdict(float), 0.0
+    for start in range(0, len(episodes), config.micro_batch):
+        part = slice(start, start + config.micro_batch)
+        batch = collate(policy, episodes[part])
+        logp_ref = None
+        if reference is not None:
+            with torch.no_grad():
+                logp_ref, _ = episode_logp(reference, batch, config.temperature)
+        logp, entropy = episode_logp(policy, batch, config.temperature)
+        loss, values = policy_loss(
+            logp, batch.logp_old, logp_ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,
+            clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, max_length=config.max_sampled)
+        weight = (whole[part].sum() / whole.sum() if config.loss_type in ("dapo", "cispo")
+                  else len(batch.mask) / len(episodes))
+        (loss * weight).backward()
+        share = float(whole[part].sum() / whole.sum())                     # statistics are means over tokens
+        values |= _token_means(batch.mask, entropy=entropy)
+        for name, value in values.items():
+            stats[name] += value * share
+        stats["loss"] += loss.item() * float(weight)
+        error = max(error, float(((logp - batch.logp_old) * batch.mask).abs().max()))
+    return dict(stats), error

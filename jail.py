@@ -22,12 +22,12 @@ Sources: landlock(7), seccomp(2), capabilities(7), prctl(2), and the kernel's he
 
 import ctypes
 import errno
+import functools
 import gc
 import importlib
 import json
 import math
 import os
-import platform
 import random
 import resource
 import select
@@ -51,6 +51,7 @@ DISK_BYTES, DISK_FILES = 128 << 20, 1000    # the whole scratch directory, looke
 OPEN_FILES = 32
 TICK = 0.1                          # seconds between two looks of the zygote at the clock and the disk
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ERROR_BYTES = 2000                  # of the error text; the trainer cuts it again
 HEADER = struct.Struct("<III")      # the result file: width, height, bytes of error text; the text; RGB pixels
 LINUX = sys.platform == "linux"
 MODULES = """numpy numpy.fft numpy.linalg numpy.random PIL.Image PIL.ImageChops PIL.ImageColor PIL.ImageDraw
@@ -65,12 +66,14 @@ class Jail:
     """What a zygote and its children know: plain numbers and paths, nothing that a program may not read."""
     parent: int             # process id of the trainer
     tmp: str                # where scratch directories are made
-    sites: list[str]        # directories of the installed packages
+    sites: list[str]        # where numpy, PIL and cv2 are installed: on the path of a program
+    readable: list[str]     # what a program may read beside its scratch directory
     seconds: float          # wall clock
     memory_mb: int
     without: list[str]      # layers to leave out (and "fork"): for tests and lessons
     fork: bool = LINUX      # fork a warm interpreter, or start a fresh one for every program
     layers: list[str] = ()  # the layers that this machine has, in order
+    zygote: int = 0         # process id
     base: str = ""          # this worker's directory; programs run in base/run
 
 
@@ -120,7 +123,7 @@ def landlock(jail: Jail) -> None:
     rules = {".": file_read | file_write | listing | remove | create | truncate,
              "/dev/null": file_read | file_write | truncate, "/dev/urandom": file_read,
              "/etc/ld.so.cache": file_read}
-    rules |= {path: file_read | listing for path in library_directories(jail)}
+    rules |= {path: file_read | listing for path in jail.readable}
     for path, rights in rules.items():
         with suppress(FileNotFoundError):
             where = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -128,12 +131,6 @@ def landlock(jail: Jail) -> None:
             os.close(where)
     kernel("syscall", 446, ruleset, 0)
     os.close(ruleset)
-
-
-def library_directories(jail: Jail) -> set[str]:
-    """Where Python, its packages, shared libraries and fonts are: all that a program may read beside its scratch."""
-    paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return paths | set(jail.sites) | {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/fonts"}
 
 
 def chroot(jail: Jail) -> None:
@@ -157,6 +154,8 @@ def die_with_zygote(jail: Jail) -> None:
     """Nobody may trace this process, and it is killed when the zygote is."""
     kernel("prctl", 4, 0, 0, 0, 0)
     kernel("prctl", 1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != jail.zygote:         # it died before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # Calls that image code needs, as name:number on x86_64:number on aarch64 ("-": not there).  What is not here is refused:
@@ -188,6 +187,7 @@ INSPECTED = [("open:2:-", 1, 0x203, (0x200, 0x203), False),         # O_TRUNC wi
 ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}     # column above, AUDIT_ARCH_*
 
 
+@functools.cache
 def seccomp_program(machine: str) -> bytes:
     """The system-call filter as classic BPF: one list of tests, the first that fits decides."""
     column, architecture = ARCHITECTURES[machine]
@@ -220,7 +220,7 @@ def seccomp_program(machine: str) -> bytes:
 
 def seccomp(jail: Jail) -> None:
     """From here on the kernel answers only the calls that image code needs.  Last, because the others need more."""
-    program = ctypes.create_string_buffer(seccomp_program(platform.machine()))
+    program = ctypes.create_string_buffer(seccomp_program(os.uname().machine))
     kernel("prctl", 22, 2, struct.pack("HL", (len(program) - 1) // 8, ctypes.addressof(program)))
 
 
@@ -255,26 +255,37 @@ def child(jail: Jail, job: int, output: int, result: int, alive: int) -> None:
     """
     status = 1
     try:
-        os.setsid()
-        os.chdir(os.path.join(jail.base, "run"))
-        with open(job, "rb") as file:
-            file.seek(0)
-            source = file.read(struct.unpack("<I", file.read(4))[0])
-            with open(INPUT, "wb") as image:
-                image.write(file.read())
-        os.dup2(output, 1)
-        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-        os.dup2(0, 2)
-        close_all_but_standard_and(result, alive)
-        lock(jail)
-        error = run_program(source)
+        try:
+            source = prepare(jail, job, output, result, alive)
+            lock(jail)
+        except OSError as problem:      # a full disk, or a wall that did not go up
+            error = f"the sandbox could not start the program ({problem})"
+        else:
+            error = run_program(source)
         width, height, pixels, error = (0, 0, b"", error) if error else read_output()
-        text = error.encode(errors="replace")[:2000]
+        text = error.encode(errors="replace")[:ERROR_BYTES]
         with open(result, "wb", closefd=False) as file:
-            file.write(HEADER.pack(width, height, len(text)) + text + pixels)
+            file.write(HEADER.pack(width, height, len(text)) + text)
+            file.write(pixels)
         status = 0
     finally:
         os._exit(status)        # no atexit, no destructor, no way back into the zygote's loop
+
+
+def prepare(jail: Jail, job: int, output: int, result: int, alive: int) -> bytes:
+    """Put the input image into the scratch directory, let go of everything else; the program's source."""
+    os.setsid()
+    os.chdir(os.path.join(jail.base, "run"))
+    with open(job, "rb", closefd=False) as file:
+        file.seek(0)
+        source = file.read(struct.unpack("<I", file.read(4))[0])
+        with open(INPUT, "wb") as image:
+            image.write(file.read())
+    os.dup2(output, 1)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 2)
+    close_all_but_standard_and(result, alive)
+    return source
 
 
 def close_all_but_standard_and(*kept: int) -> None:
@@ -292,13 +303,15 @@ def run_program(source: bytes) -> str:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     error = ""
     try:
+        # One dictionary for globals and locals: with two, a function would not see the program's own imports.
         exec(compile(source, "<program>", "exec", dont_inherit=True), main.__dict__)
     except SystemExit as stop:
         if stop.code not in (None, 0):
             error = f"the program stopped itself: exit({stop.code!r})"
     except BaseException as problem:        # whatever a program raises is an observation for the model
         error = describe(problem)
-    with suppress(OSError, ValueError):     # a full or closed standard output
+    main.__dict__.clear()                   # its arrays would leave too little memory to decode its image
+    with suppress(OSError, ValueError):     # standard output may be full or closed
         sys.stdout.flush()
     return error
 
@@ -378,7 +391,7 @@ def available_layers(jail: Jail) -> list[str]:
 
 def escapes(jail: Jail) -> list[str]:
     """Lock a fork and try to get out; the names of what worked.  This is what `Sandbox.describe` reports."""
-    outside, scratch, zygote = os.path.join(jail.base, "outside"), os.path.join(jail.base, "run"), os.getpid()
+    outside, scratch = os.path.join(jail.base, "outside"), os.path.join(jail.base, "run")
     os.mkdir(scratch)
     with open(outside, "w") as file:
         file.write("a file that no program may read")
@@ -389,7 +402,7 @@ def escapes(jail: Jail) -> list[str]:
 
     attempts = {"read files": lambda: open(outside).close(), "write files": lambda: open(outside, "a").close(),
                 "use the network": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close(),
-                "start processes": fork, "signal processes": lambda: os.kill(zygote, 0)}
+                "start processes": fork, "signal processes": lambda: os.kill(jail.zygote, 0)}
 
     def trial() -> int:
         os.chdir(scratch)
@@ -437,7 +450,7 @@ def execute(jail: Jail, trainer: socket.socket, files: list[int]) -> str:
     if stopped or code == 0:
         return stopped
     if code < 0:
-        return f"the program was killed by {signal.Signals(-code).name}"
+        return f"the program was killed ({signal.strsignal(-code)})"
     return f"the program ended its own process (exit status {code})"
 
 
@@ -503,10 +516,12 @@ def main(role: str, jail: Jail, *fds: int) -> None:
     jail.base = tempfile.mkdtemp(prefix="arft-", dir=jail.tmp)
     os.chdir(jail.base)
     try:
-        jail.fork = jail.fork and "fork" not in jail.without
+        jail.zygote, jail.fork = os.getpid(), jail.fork and "fork" not in jail.without
         if jail.fork:
             preload(jail)
             gc.freeze()                 # the collector would touch, and so copy, every page after each fork
+            with suppress(KeyError):
+                seccomp_program(os.uname().machine)     # likewise made once
         jail.layers = available_layers(jail)
         serve(jail, trainer)
     except (BrokenPipeError, ConnectionResetError):

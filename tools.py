@@ -43,6 +43,7 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ from PIL import Image
 import jail
 
 OUTPUT_CHARACTERS = 2000        # of what a program printed, its beginning and its end
+ERROR_CHARACTERS = 500
 
 
 # --- The parser ------------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ class Sandbox:
 
     def __init__(self, workers: int = 2, seconds: float = 10, memory_mb: int = 1024, strict: bool = False, *,
                  without: tuple[str, ...] = ()):
-        self.seconds, self.memory_mb, self._closed = seconds, memory_mb, False
+        self.seconds, self.memory_mb, self._closed, self._owner = seconds, memory_mb, False, os.getpid()
         self._workers = [Worker(seconds, memory_mb, without) for _ in range(workers)]
         self._idle = queue.SimpleQueue()
         try:
@@ -213,12 +215,14 @@ class Sandbox:
         return [done[job] for job in work]
 
     def _execute(self, code: str, picture: bytes) -> Execution:
-        if self._closed:
-            raise RuntimeError("the sandbox is closed")
+        if os.getpid() != self._owner:
+            raise RuntimeError("a Sandbox cannot be shared with a forked process: start another")
         worker = self._idle.get()
         problem = None
         try:
             for _ in range(2):          # a worker that died is replaced, and the program gets a second chance
+                if self._closed:
+                    raise RuntimeError("the sandbox is closed")
                 try:
                     return worker.execute(code, picture)
                 except (OSError, ValueError) as failure:
@@ -251,9 +255,8 @@ class Worker:
     """
 
     def __init__(self, seconds: float, memory_mb: int, without: tuple[str, ...]):
-        found = [find_spec(name) for name in ("numpy", "PIL", "cv2")]
-        sites = [os.path.dirname(os.path.dirname(spec.origin)) for spec in found if spec and spec.origin]
-        self._settings = {"parent": os.getpid(), "tmp": tempfile.gettempdir(), "sites": sorted(set(sites)),
+        sites, readable = library_directories()
+        self._settings = {"parent": os.getpid(), "tmp": tempfile.gettempdir(), "sites": sites, "readable": readable,
                           "seconds": seconds, "memory_mb": memory_mb, "without": list(without)}
         self._process, self._base = None, ""
 
@@ -262,6 +265,8 @@ class Worker:
         # Nothing of the trainer's environment; one thread for BLAS; the same order of sets and dicts in every worker.
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0", "HOME": ".",
                        "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if "LD_LIBRARY_PATH" in os.environ:         # without it some installations of Python do not start
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-s", "-B", jail.__file__, "zygote", json.dumps(self._settings), str(theirs.fileno())],
@@ -292,7 +297,9 @@ class Worker:
             # The only process that could write to these files is dead by now.
             image, problem = read_result(result) if not error else (None, error)
             stdout = self._tidy(read_text(output.fileno()))
-        return Execution(image, stdout, self._tidy(problem) if problem else None, time.perf_counter() - start)
+        if problem:
+            problem = " ".join(self._tidy(problem).split())[:ERROR_CHARACTERS]
+        return Execution(image, stdout, problem, time.perf_counter() - start)
 
     def _reply(self) -> dict:
         line = self._replies.readline()
@@ -323,6 +330,21 @@ class Worker:
             jail.wipe(self._base)       # for a zygote that was killed
 
 
+def library_directories() -> tuple[list[str], list[str]]:
+    """(where numpy, PIL and cv2 are installed, what a program may read: Python, packages, shared libraries, fonts)."""
+    readable = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    readable |= {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/fonts"}
+    readable.add(sysconfig.get_config_var("LIBDIR") or "/lib")      # conda's shared libraries
+    sites = []
+    for spec in filter(None, map(find_spec, ("numpy", "PIL", "cv2"))):
+        package = os.path.dirname(spec.origin)
+        site = os.path.dirname(package)
+        sites.append(site)
+        # A package that is imported from a source tree opens its own directory only, not all that lies beside it.
+        readable.add(site if os.path.basename(site) in ("site-packages", "dist-packages") else package)
+    return sorted(set(sites)), sorted(readable)
+
+
 def encode(image: Image.Image) -> bytes:
     """The input file: BMP holds the same pixels as PNG in a fraction of the time; readers look at content, not name."""
     buffer = io.BytesIO()
@@ -342,7 +364,7 @@ def read_result(file) -> tuple[Image.Image | None, str | None]:
     if len(header) == jail.HEADER.size:
         width, height, length = jail.HEADER.unpack(header)
         if length:
-            return None, file.read(min(length, 2000)).decode(errors="replace")
+            return None, file.read(min(length, jail.ERROR_BYTES)).decode(errors="replace")
         pixels = file.read(3 * jail.PIXELS + 1)
         if width * height and len(pixels) == 3 * width * height:
             return Image.frombytes("RGB", (width, height), pixels), None

@@ -157,15 +157,15 @@ def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float 
     Eq. (5) their sum. For an episode, which is several steps, this is our own extension: Eq. (3) becomes the share of
     turns in the strict format, Eq. (4) is the F1 of the last turn's answer, and the authors' (unpublished) problem
     reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
-    labels at once, or the gold among many words are worth no more, or less, than saying the right thing once. What
-    stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing.
+    labels at once, or the gold among many words are worth less than, or as much as, saying the right thing once. What
+    stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing, and an episode
+    that never answers has no answer reward. With weights of 1 the total is in [0, 3].
     """
     if answer_metric not in ("f1", "em"):
         raise ValueError(f"unknown answer_metric '{answer_metric}'; it is f1 or em")
     turns = [turn for turn in episode.turns if turn.finished]
-    answer = episode.answer if episode.turns and episode.turns[-1].finished else None
     stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)
-    best_f1, em = score_answer(answer, episode.sample.golds, scorer)
+    best_f1, em = score_answer(episode.answer, episode.sample.golds, scorer)
     strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))         # Eq. (3)
     accuracy = em if answer_metric == "em" else best_f1                                     # Eq. (4)
     problem = problem_reward(stated, episode.sample.problems, rotation_credit)

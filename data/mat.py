@@ -30,6 +30,7 @@ from tqdm import tqdm
 PROBLEMS = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none")
 N_SIMPLE = {"mat-coding": 70, "mat-search": 75}     # the paper splits by position: the first 70 (75) are simple
 MAX_PIXELS = 64_000_000                             # photographs have up to 50 million; a "decompression bomb" has more
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")   # no others: for some, Pillow starts other programs
 
 FILES = {   # task -> split -> (file below the data folder, folder of its images or None)
     "mat-coding": {"train": ("MAT-Training/rft_agent_code_1_2k.json", "MAT-Training/rft_agent_code_1_2k_images"),
@@ -76,7 +77,7 @@ def opened(path: Path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # our own limit is stricter
-            image = Image.open(path)
+            image = Image.open(path, formats=IMAGE_FORMATS)
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; "
@@ -87,7 +88,8 @@ def opened(path: Path):
     except DataError:
         raise
     # What Pillow raises on a damaged file depends on the format and on where the damage is.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as err:
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error,
+            Image.DecompressionBombError) as err:
         raise DataError(f"{path}: not a readable image ({err}); replace it, or drop its row") from None
 
 

@@ -16,7 +16,7 @@ real_files = pytest.mark.skipif(not REAL.exists(), reason="the published sample 
 
 CODING = {"id": 71, "question": "What year?", "answers": ["1999"], "ori_image_path": "a_ori.png",
           "processed_image_path": "a_proc.png", "type": ["rotation90", "dark"], "split": "hard"}
-SEARCH = {"id": 76, "question": "Who?", "answer": "Vermeer", "image_path": "1.jpg", "reference": "unknown fields may come"}
+SEARCH = {"id": 76, "question": "Who?", "answer": "Vermeer", "image_path": "1.jpg", "reference": "more fields"}
 QA = {"id": "dev_0", "question": "Who?", "golden_answers": ["Ann", "Anne"], "metadata": {}}
 
 
@@ -36,8 +36,9 @@ def steps(image="a", question="What year?", problems="{'dark'}", answer="1999", 
     rows = [("pre_problem", "_proc.png", f"<problem> {problems} </problem>"),
             ("pre_code", "_proc.png", "<code>\n```python\npass\n```\n</code>"),
             ("pre_answer", "_ori.png", f"<answer> {answer} </answer>")]
-    return [{"type": kind, "image_path": image + ending, "problem": f"<query> {question} </query>", "solution": solution,
-             "gt": "<think> ... </think>\n" + solution} for kind, ending, solution in rows if code or kind != "pre_code"]
+    return [{"type": kind, "image_path": image + ending, "problem": f"<query> {question} </query>",
+             "solution": solution, "gt": "<think> ... </think>\n" + solution}
+            for kind, ending, solution in rows if code or kind != "pre_code"]
 
 
 # --- the benchmarks ------------------------------------------------------------------------------------------------
@@ -147,7 +148,8 @@ def test_the_published_training_rows():
     rotated, clean = load("mat-coding", REAL, "train")
     assert (rotated.id, rotated.problems, rotated.golds) == ("rotation180_1", ("rotation180",), ("1 Can (473mL)",))
     assert (clean.id, clean.problems, clean.golds) == ("none_2", ("none",), ("Uncommon Valor",))
-    assert join_report("mat-coding", REAL) == ["2 samples joined from 5 steps (problem 2, code 1, answer 2); 0 incomplete"]
+    report, = join_report("mat-coding", REAL)
+    assert report == "2 samples joined from 5 steps (problem 2, code 1, answer 2); 0 incomplete"
     assert "23" in join_report("mat-search", REAL)[1]       # a lone search step, without an answer
 
 
@@ -157,7 +159,8 @@ def test_the_published_training_rows():
 def test_flashrag_rows_from_the_root_from_the_folder_and_from_the_file(tmp_path):
     file = tmp_path / "2wikimultihopqa" / "dev.jsonl"
     file.parent.mkdir()
-    file.write_text(json.dumps(QA) + "\n\n" + json.dumps({**QA, "id": "dev_1", "question": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    odd = json.dumps({**QA, "id": "dev_1", "question": "a\u2028b"}, ensure_ascii=False)
+    file.write_text(json.dumps(QA) + "\n\n" + odd + "\n", encoding="utf-8")
     for path in (tmp_path, file.parent, file):
         first, second = load("2wiki", path, "test")
         assert first == Sample(id="dev_0", question="Who?", golds=("Ann", "Anne"), image_path=None)
@@ -204,7 +207,7 @@ def test_a_missing_field_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[{", "line 1.*not JSON"), ('[\n{"id": 1},\n', "line 3.*not JSON"), ("", "at least one object"), ("[]", "at least one"),
+    ("[{", "line 1.*not JSON"), ('[\n{"id": 1},\n', "line 3.*not JSON"), ("", "at least one"), ("[]", "at least one"),
     ('{"id": 1}', "list of at least one object"), ("[3]", "row 1.*object"), ('[{"id": 1}, null]', "row 2.*object")])
 def test_a_wrong_file_is_named(tmp_path, text, words):
     write_mat(tmp_path, "mat-coding", "test", text)
@@ -299,7 +302,8 @@ def test_no_damage_to_an_image_ends_in_anything_but_a_data_error(tmp_path):
 
 def test_check_counts_and_lists_every_defect(tmp_path):
     rows = [CODING, {**CODING, "answers": ["FOOD\\nHALL"], "split": "simple"}, {**CODING, "id": 3, "answers": [" "]},
-            {**CODING, "id": 4, "processed_image_path": "gone.png"}, {**CODING, "id": 5, "processed_image_path": "bad.png"},
+            {**CODING, "id": 4, "processed_image_path": "gone.png"},
+            {**CODING, "id": 5, "processed_image_path": "bad.png"},
             {**CODING, "id": 6, "type": ["sepia"], "question": ""}, {"id": 7}]
     write_mat(tmp_path, "mat-coding", "test", rows, images=["a_proc.png"])
     (tmp_path / "MAT-Benchmark/MAT-Coding-image/bad.png").write_bytes(b"no image")
@@ -307,8 +311,9 @@ def test_check_counts_and_lists_every_defect(tmp_path):
     assert any("MAT-Coding.json: 6 samples (test)" in line for line in report)
     assert "  split: hard 5, simple 1" in report and "  problems: rotation90+dark 5, sepia 1" in report
     assert any("not there (train)" in line for line in report)
-    for words in ("row 7: field 'question' is missing", "id 71: occurs 2 times", "id 71: literal \\n in gold", "id 3: empty gold",
-                  "gone.png: no such image", "bad.png: not a readable image", "id 6: unknown problem 'sepia'", "id 6: empty question"):
+    for words in ("row 7: field 'question' is missing", "id 71: occurs 2 times", "id 71: literal \\n in gold",
+                  "id 3: empty gold", "gone.png: no such image", "bad.png: not a readable image",
+                  "id 6: unknown problem 'sepia'", "id 6: empty question"):
         assert sum(words in line for line in defects) == 1, words
     assert len(defects) == 8
 

@@ -31,6 +31,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -50,6 +51,7 @@ FILE_BYTES = 64 << 20               # the largest file, and the most a program c
 DISK_BYTES, DISK_FILES = 128 << 20, 1000    # the whole scratch directory, looked at every TICK
 OPEN_FILES = 32
 TICK = 0.1                          # seconds between two looks of the zygote at the clock and the disk
+STRIP = 32                          # rows of pixels that are handed over at a time
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ERROR_BYTES = 2000                  # of the error text; the trainer cuts it again
 HEADER = struct.Struct("<III")      # the result file: width, height, bytes of error text; the text; RGB pixels
@@ -262,11 +264,8 @@ def child(jail: Jail, job: int, output: int, result: int, alive: int) -> None:
             error = f"the sandbox could not start the program ({problem})"
         else:
             error = run_program(source)
-        width, height, pixels, error = (0, 0, b"", error) if error else read_output()
-        text = error.encode(errors="replace")[:ERROR_BYTES]
-        with open(result, "wb", closefd=False) as file:
-            file.write(HEADER.pack(width, height, len(text)) + text)
-            file.write(pixels)
+        image, error = (None, error) if error else read_output()
+        write_result(result, image, error)
         status = 0
     finally:
         os._exit(status)        # no atexit, no destructor, no way back into the zygote's loop
@@ -280,7 +279,7 @@ def prepare(jail: Jail, job: int, output: int, result: int, alive: int) -> bytes
         file.seek(0)
         source = file.read(struct.unpack("<I", file.read(4))[0])
         with open(INPUT, "wb") as image:
-            image.write(file.read())
+            shutil.copyfileobj(file, image, 1 << 16)    # one small buffer, see STRIP
     os.dup2(output, 1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 2)
@@ -341,26 +340,36 @@ def describe(problem: BaseException) -> str:
     return name + (f": {text}" if text else "") + (f" (line {line})" if line else "")
 
 
-def read_output() -> tuple[int, int, bytes, str]:
-    """Decode the file that the program left: (width, height, RGB pixels, error)."""
+def read_output() -> tuple:
+    """Decode the file that the program left: (RGB image, "") or (None, error)."""
     from PIL import Image
     try:
         # A link is not followed and a pipe is not waited for: the file must be an ordinary one.
         fd = os.open(OUTPUT, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        return 0, 0, b"", f"no image was written to {OUTPUT}"
+        return None, f"no image was written to {OUTPUT}"
     except OSError:
-        return 0, 0, b"", f"{OUTPUT} is not an ordinary file"
+        return None, f"{OUTPUT} is not an ordinary file"
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        return 0, 0, b"", f"{OUTPUT} is not an ordinary file"
+        return None, f"{OUTPUT} is not an ordinary file"
     try:
         with open(fd, "rb") as file:
             image = Image.open(file, formats=FORMATS)
             if image.width * image.height > PIXELS:
-                return 0, 0, b"", f"{OUTPUT} has {image.width} x {image.height} pixels; the most is {PIXELS}"
-            return image.width, image.height, image.convert("RGB").tobytes(), ""
+                return None, f"{OUTPUT} has {image.width} x {image.height} pixels; the most is {PIXELS}"
+            image.load()
+            return (image if image.mode == "RGB" else image.convert("RGB")), ""
     except Exception as problem:        # a decoder that is fed hostile bytes may raise anything
-        return 0, 0, b"", f"{OUTPUT} cannot be read as an image ({type(problem).__name__})"
+        return None, f"{OUTPUT} cannot be read as an image ({type(problem).__name__})"
+
+
+def write_result(result: int, image, error: str) -> None:
+    text = error.encode(errors="replace")[:ERROR_BYTES]
+    width, height = image.size if image else (0, 0)
+    with open(result, "wb", closefd=False) as file:
+        file.write(HEADER.pack(width, height, len(text)) + text)
+        for top in range(0, height, STRIP):     # in strips: fresh memory is dear after a fork
+            file.write(image.crop((0, top, width, min(top + STRIP, height))).tobytes())
 
 
 # --- The zygote ------------------------------------------------------------------------------------------------------

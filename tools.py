@@ -45,6 +45,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Action:
 
 
 TAG = re.compile(r"<(/?)(think|problem|code|search|answer)>")
-FENCE = re.compile(r"```(?:(?:python3?|py)(?=\s)|[\w.+-]*(?=[ \t]*\r?\n))?")
+FENCE = re.compile(r"```(?:(?:python3?|py)(?=\s)|[\w.+-]*(?=[ \t]*\r?\n))?[ \t]*")
 PAPER_CODE = re.compile(r"\s*```python.*?```", re.DOTALL)
 PAPER_PROBLEM = re.compile(r"\s*\{\s*'[^']+'\s*(?:,\s*'[^']+'\s*)*\}\s*")
 
@@ -131,7 +132,7 @@ def read_program(body: str) -> str:
     if fence:
         end = body.find("```", fence.end())
         body = body[fence.end():end if end >= 0 else None]
-    return body.rstrip().lstrip("\r\n") if body.strip() else ""
+    return textwrap.dedent(body).strip()
 
 
 def is_strict(turn: str, spans: dict, kind: str, body: str) -> bool:

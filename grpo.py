@@ -246,5 +246,5 @@ def _accumulate(policy, reference, episodes, advantages, config) -> tuple[dict[s
         for name, value in values.items():
             stats[name] += value * share
         stats["loss"] += loss.item() * float(weight)
-        error = max(error, float(((logp - batch.logp_old) * batch.mask).abs().max()))
+        error = max(error, ((logp.detach() - batch.logp_old) * batch.mask).abs().max().item())
     return dict(stats), error

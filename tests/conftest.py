@@ -1,0 +1,51 @@
+"""What the tests share: the modules on the path, the embedded checkpoint, one sandbox, MAT-mini in memory."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import torch
+
+from data import mini
+from data.mat import Sample
+from policy import load
+from tools import Sandbox
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """data/tiny. Tests that train use `fresh_policy`."""
+    return load(str(ROOT / "data" / "tiny"))
+
+
+@pytest.fixture
+def fresh_policy():
+    return load(str(ROOT / "data" / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    with Sandbox(workers=2) as tools:
+        yield tools
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """One MAT-mini sample of each of some kinds, as mat.Sample, images on disk."""
+
+    def make(*kinds: tuple[str, ...], seed: int = 0) -> list[Sample]:
+        rng, made = np.random.default_rng(seed), []
+        for i, problems in enumerate(kinds):
+            drawn = mini.make_sample(problems, mini.texts("test"), rng)
+            path = tmp_path / f"{i}.png"
+            drawn["shown"].save(path)
+            made.append(Sample(str(i), drawn["question"], (drawn["answer"],), path, problems, split="simple"))
+        return made
+
+    return make

@@ -1,0 +1,244 @@
+"""GRPO by hand-computed numbers, by an independent slow version, and by properties."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo
+from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, update
+from rollout import Limits, rollout
+
+# --- advantages --------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    """Rewards 3, 1, 1, 3: mean 2, deviation sqrt(4 / 3) = 1.1547 (divided by n - 1), so +-1 / (1.1547 + 1e-4)."""
+    got = group_advantages(torch.tensor([3.0, 1.0, 1.0, 3.0], dtype=torch.float64), 4)
+    one = 1 / (math.sqrt(4 / 3) + 1e-4)
+    torch.testing.assert_close(got, torch.tensor([one, -one, -one, one], dtype=torch.float64))
+
+
+def test_advantages_belong_to_their_own_group():
+    """A group of high rewards must not look better than a group of low ones: each sums to zero."""
+    rewards = torch.tensor([0.0, 1.0, 10.0, 11.0], dtype=torch.float64)
+    got = group_advantages(rewards, 2)
+    assert got.view(2, 2).sum(dim=1).abs().max() < 1e-12, "your advantages are normalised over the batch"
+    torch.testing.assert_close(got[:2], got[2:])
+    by_batch = group_advantages(rewards, 2, "batch")
+    torch.testing.assert_close(by_batch, torch.tensor([-0.5, 0.5, -0.5, 0.5]).double() / (rewards.std() + 1e-4))
+    torch.testing.assert_close(group_advantages(rewards, 2, "none"), torch.tensor([-0.5, 0.5, -0.5, 0.5]).double())
+
+
+def test_a_flat_group_teaches_nothing():
+    assert group_advantages(torch.tensor([0.1] * 7), 7).tolist() == [0.0] * 7   # their float mean is not 0.1
+
+
+@pytest.mark.parametrize("rewards, size, message", [
+    ([1.0, 2.0], 1, "groups of 1"), ([1.0, 2.0, 3.0], 2, "3 rewards"), ([1.0, math.nan], 2, "finite"),
+    ([1.0, math.inf], 2, "finite")])
+def test_rewards_that_make_no_groups(rewards, size, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(torch.tensor(rewards), size)
+
+
+# --- the loss against plain loops ------------------------------------------------------------------------
+
+
+def slow_loss(logp, old, ref, A, mask, loss_type, low, high, beta, max_length):
+    """The same loss, one token at a time, from the definitions; no tensor operation is shared with grpo.py."""
+    B, T = mask.shape
+    per_sequence, all_terms = [], []
+    for i in range(B):
+        tokens = [t for t in range(T) if mask[i, t] == 1]
+        mean_log_ratio = sum(logp[i, t] - old[i, t] for t in tokens) / max(1, len(tokens))
+        terms = []
+        for t in tokens:
+            rho = torch.exp(mean_log_ratio if loss_type == "gspo" else logp[i, t] - old[i, t])
+            if loss_type == "cispo":
+                term = -(rho.detach() if rho < high else torch.tensor(high, dtype=torch.float64)) * A[i] * logp[i, t]
+            else:
+                bounded = 1 - low if rho < 1 - low else 1 + high if rho > 1 + high else rho
+                one, other = rho * A[i], bounded * A[i]
+                term = -(one if one < other else other)
+            if ref is not None:
+                d = ref[i, t] - logp[i, t]
+                term = term + beta * (torch.exp(d) - d - 1)
+            terms.append(term)
+        all_terms += terms
+        per_sequence.append(sum(terms) / max(1, len(terms)))
+    if loss_type in ("dapo", "cispo"):
+        return sum(all_terms) / max(1, len(all_terms))
+    if loss_type == "dr_grpo":
+        return sum(all_terms) / (B * max_length)
+    return sum(per_sequence) / B
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradient_equal_the_slow_version(loss_type, with_reference):
+    """To 1e-12 in float64, with ratios on both sides of the clip range, ragged masks and one empty row."""
+    g = torch.Generator().manual_seed(3)
+    B, T = 5, 7
+    logp = (-torch.rand(B, T, generator=g, dtype=torch.float64) * 3).requires_grad_()
+    old = logp.detach() + 0.4 * torch.randn(B, T, generator=g, dtype=torch.float64)
+    old[0] -= 0.6       # a whole sequence that became likelier, so that gspo clips, too
+    ref = logp.detach() + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64) if with_reference else None
+    A = torch.tensor([0.9, -0.7, 0.2, -1.1, 1.0], dtype=torch.float64)
+    mask = (torch.rand(B, T, generator=g) < 0.6).long()
+    mask[4] = 0
+    high = 1.2 if loss_type == "cispo" else 0.28
+    loss, stats = policy_loss(logp, old, ref, A, mask, loss_type=loss_type, clip_low=0.2, clip_high=high, beta=0.04,
+                              max_length=11)
+    gradient, = torch.autograd.grad(loss, logp)
+    expected = slow_loss(logp, old, ref, A, mask, loss_type, 0.2, high, 0.04, 11)
+    expected_gradient, = torch.autograd.grad(expected, logp)
+    assert abs(loss - expected) < 1e-12
+    assert (gradient - expected_gradient).abs().max() < 1e-12
+    assert gradient[mask == 0].abs().max() == 0
+    assert 0 < stats["clip_fraction"] < 1 and (stats["kl"] > 0) == with_reference
+
+
+def test_at_the_first_step_the_loss_is_zero_and_its_gradient_is_not():
+    """Ratio 1: the group's advantages cancel in the loss, and the gradient is REINFORCE's, -A / (B T)."""
+    logp = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    A = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64), 4)
+    loss, stats = policy_loss(logp, logp.detach(), logp.detach(), A, torch.ones(4, 3))
+    loss.backward()
+    assert abs(loss.item()) < 1e-12 and stats["ratio"] == 1 and stats["clip_fraction"] == 0 and stats["kl"] == 0
+    torch.testing.assert_close(logp.grad, -A[:, None].expand(4, 3) / 12)
+
+
+@pytest.mark.parametrize("advantage, log_ratio, moves", [
+    (+1, +0.5, False),      # already much likelier and good: no further push
+    (+1, -0.5, True),       # good but less likely than before: push it back
+    (-1, -0.5, False),      # already much less likely and bad: no further push
+    (-1, +0.5, True)])      # bad and likelier than before: push it down
+def test_clipping_stops_the_gradient_where_it_should(advantage, log_ratio, moves):
+    logp = torch.tensor([[-1.0]], requires_grad=True)
+    loss, stats = policy_loss(logp, logp.detach() - log_ratio, None, torch.tensor([float(advantage)]), torch.ones(1, 1))
+    loss.backward()
+    assert (logp.grad.abs().item() > 0) == moves
+    assert stats["clip_fraction"] == (0 if moves else 1)
+
+
+def test_k3_estimates_kl_of_policy_from_reference():
+    """Exact enumeration over five tokens: E_policy[k3] = KL(policy || reference), not the other way round."""
+    policy = torch.log_softmax(torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64), 0)
+    reference = torch.log_softmax(torch.tensor([0.0, 1.5, 1.0, 0.0, -1.0], dtype=torch.float64), 0)
+    exact = (policy.exp() * (policy - reference)).sum()
+    reverse = (reference.exp() * (reference - policy)).sum()
+    k3 = torch.stack([torch.tensor(policy_loss(
+        policy[i].view(1, 1), policy[i].view(1, 1), reference[i].view(1, 1), torch.zeros(1).double(),
+        torch.ones(1, 1))[1]["kl"]) for i in range(5)]).double()
+    assert (k3 >= 0).all()
+    assert abs((policy.exp() * k3).sum() - exact) < 1e-6
+    assert abs(exact - reverse) > 0.1
+
+
+def test_what_stands_off_the_mask_never_counts():
+    """Not even infinities: observations and padding hold no log-probs at all."""
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    junk = torch.tensor([[-1.5, torch.inf]])
+    loss, _ = policy_loss(logp, junk, junk, torch.ones(1), torch.tensor([[1, 0]]))
+    loss.backward()
+    assert torch.isfinite(loss) and logp.grad[0, 1] == 0 and torch.isfinite(logp.grad).all()
+
+
+def test_unknown_names_are_refused():
+    one = torch.ones(1, 1)
+    with pytest.raises(ValueError, match="loss_type 'ppo'"):
+        policy_loss(one, one, None, torch.ones(1), one, loss_type="ppo")
+    with pytest.raises(ValueError, match="max_length"):
+        policy_loss(one, one, None, torch.ones(1), one, loss_type="dr_grpo")
+    with pytest.raises(ValueError, match="scale 'all'"):
+        group_advantages(torch.ones(2), 2, "all")
+
+
+# --- whole updates on the embedded checkpoint ---------------------------------------------------------------
+
+
+def options(**changes):
+    base = dict(inner_epochs=1, minibatches=1, micro_batch=64, temperature=1.0, loss_type="grpo", clip_low=0.2,
+                clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1e9)
+    return SimpleNamespace(**base | changes)
+
+
+@pytest.fixture
+def episodes(fresh_policy, samples, sandbox):
+    return rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4, tools=sandbox,
+                   limits=Limits(max_new_tokens=96), generator=torch.Generator().manual_seed(1))
+
+
+def gradient_of(policy, reference, episodes, advantages, config):
+    seen = []
+    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(), step=lambda: seen.append(
+        torch.cat([w.grad.flatten() for w in policy.model.parameters() if w.grad is not None])))
+    update(policy, reference, episodes, advantages, optimizer, config, torch.Generator().manual_seed(0))
+    return seen[0]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_change_nothing(fresh_policy, episodes, loss_type):
+    """One episode at a time or all at once: the same gradient, for every way of weighing tokens."""
+    reference = reference_of(fresh_policy)
+    with torch.no_grad():       # a reference elsewhere, so that the KL term has a gradient
+        reference.model.lm_head.weight.mul_(1.1)
+    A = group_advantages(torch.arange(8.0), 4)
+    config = options(loss_type=loss_type, clip_high=5.0 if loss_type == "cispo" else 0.2)
+    whole = gradient_of(fresh_policy, reference, episodes, A, config)
+    config.micro_batch = 3
+    parts = gradient_of(fresh_policy, reference, episodes, A, config)
+    assert (whole - parts).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone(fresh_policy, episodes):
+    reference = reference_of(fresh_policy)
+    frozen = {k: v.clone() for k, v in reference.model.state_dict().items()}
+    A = group_advantages(torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0]), 4)
+
+    def run(epochs):
+        optimizer = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
+        return update(fresh_policy, reference, episodes, A, optimizer, options(inner_epochs=epochs, minibatches=2),
+                      torch.Generator().manual_seed(0))
+    stats = run(3)
+    assert stats["updates"] == 6 and stats["clip_fraction"] > 0 and stats["kl"] > 0 and abs(stats["ratio"] - 1) > 1e-4
+    assert all(torch.equal(frozen[k], v) for k, v in reference.model.state_dict().items())
+
+
+def test_training_makes_good_episodes_likelier(fresh_policy, episodes):
+    """After a step the rewarded episode gained log-probability and the punished one lost it."""
+    A = group_advantages(torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 1]), 4)
+    batch = collate(fresh_policy, episodes)
+    with torch.no_grad():
+        before = episode_logp(fresh_policy, batch)[0].sum(1)
+    optimizer = torch.optim.SGD(fresh_policy.model.parameters(), lr=1e-2)
+    update(fresh_policy, None, episodes, A, optimizer, options(loss_type="dapo"), torch.Generator())
+    with torch.no_grad():
+        gained = episode_logp(fresh_policy, batch)[0].sum(1) - before
+    assert (gained * A).sum() > 0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(fresh_policy, episodes):
+    weights = [w.clone() for w in fresh_policy.model.parameters()]
+    optimizer = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
+    stats = update(fresh_policy, None, episodes, torch.full((8,), torch.nan), optimizer, options(), torch.Generator())
+    assert stats["skipped_updates"] == 1 and stats["updates"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, fresh_policy.model.parameters()))
+
+
+def test_entropy_of_a_known_distribution(fresh_policy, episodes, monkeypatch):
+    """Uniform over the allowed ids: entropy is log of their number, wherever the policy sampled."""
+    uniform = torch.zeros(fresh_policy.barred.shape).masked_fill(fresh_policy.barred, -torch.inf)
+    monkeypatch.setattr(fresh_policy, "log_probs", lambda hidden, t: torch.log_softmax(
+        uniform.expand(*hidden.shape[:-1], -1), -1) + 0 * hidden.sum(-1, keepdim=True))
+    batch = collate(fresh_policy, episodes)
+    _, entropy = episode_logp(fresh_policy, batch)
+    expected = math.log(int((~fresh_policy.barred).sum()))
+    torch.testing.assert_close(entropy[batch.mask == 1], torch.full((int(batch.mask.sum()),), expected))
+    assert (entropy[batch.mask == 0] == 0).all()
+
+
+def test_every_equation_of_the_docstring_is_computed_somewhere():
+    assert "Eq. (1)" in grpo.__doc__

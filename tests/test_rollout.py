@@ -1,0 +1,279 @@
+"""Rollout: the laws of ids, log-probs and caches, and whole episodes with real tools played from a script."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import rollout as rollout_module
+from data import mini
+from grpo import collate, episode_logp
+from rewards import episode_reward
+from rollout import Clock, Episode, Limits, Rows, begin, rollout
+
+KINDS = (("dark",), ("crop",), ("rotation90", "blur"))
+
+
+def sampled(policy, samples, tools, group_size=4, seed=0, **limits):
+    return rollout(policy, samples, group_size=group_size, tools=tools, limits=Limits(**{"max_new_tokens": 96} | limits),
+                   generator=torch.Generator().manual_seed(seed))
+
+
+def play(monkeypatch, policy, scripts):
+    """Makes every row write its script's next turn instead of sampling. scripts: a list of turns for each row."""
+    live = [list(script) for script in scripts]
+
+    def scripted(rows, limits, generator):
+        written = []
+        for script in list(live):
+            text, end = script.pop(0), [policy.im_end]
+            if text.endswith("..."):            # cut off: the end-of-turn id is missing
+                text, end = text[:-3], []
+            ids = policy.text_ids(text) + end
+            written.append((ids, [-1.0] * len(ids)))
+        return written
+    monkeypatch.setattr(rollout_module, "decode_turn", scripted)
+    original = Rows.keep
+
+    def keep(self, rows):
+        live[:] = [live[i] for i in rows]
+        original(self, rows)
+    monkeypatch.setattr(Rows, "keep", keep)
+
+
+def problem(*labels):
+    return f"<think>I look.</think>\n<problem>{{{', '.join(repr(l) for l in labels)}}}</problem>"
+
+
+def code(*lines):
+    body = "\n".join(["from PIL import Image", "image = Image.open('path_to_input_image.jpg')", *lines,
+                      "image.save('path_to_output_image.jpg')"])
+    return f"<think>I repair it.</think>\n<code>\n```python\n{body}\n```\n</code>"
+
+
+def answer(text):
+    return f"<think>I read it.</think>\n<answer>{text}</answer>"
+
+
+# --- law 1: ids are the truth ---------------------------------------------------------------------------
+
+
+def test_append_takes_everything_or_nothing(samples, policy):
+    episode = begin(policy, samples(("dark",)))[0]
+    before = (len(episode.ids), len(episode.mask), len(episode.logp), len(episode.images))
+    image = episode.images[0]
+    for bad in (dict(ids=[1, 2], mask=1, logp=[0.0]), dict(ids=[1], mask=1), dict(ids=[1], mask=0, logp=[0.0]),
+                dict(ids=[1], mask=1, logp=[0.0], images=[image]), dict(ids=[1], mask=0, images=[image]),
+                dict(ids=[1], mask=0, holders=1)):
+        with pytest.raises(ValueError):
+            episode.append(**bad)
+    assert (len(episode.ids), len(episode.mask), len(episode.logp), len(episode.images)) == before
+
+
+def test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action(policy, samples, sandbox):
+    for episode in sampled(policy, samples(*KINDS), sandbox):
+        assert len(episode.ids) == len(episode.mask) == len(episode.logp)
+        spans = {i for turn in episode.turns for i in range(turn.start, turn.stop)}
+        assert {i for i, m in enumerate(episode.mask) if m} == spans
+        for turn in episode.turns:
+            ids = episode.ids[turn.start:turn.stop]
+            assert policy.decode(ids) == turn.text
+            assert (ids[-1] == policy.im_end) == turn.finished and policy.im_end not in ids[:-1]
+        assert all(p == 0.0 for p, m in zip(episode.logp, episode.mask) if not m)
+
+
+# --- law 2: what was sampled is what is scored --------------------------------------------------------------
+
+
+def largest_difference(policy, episodes):
+    batch = collate(policy, episodes)
+    with torch.no_grad():
+        logp, _ = episode_logp(policy, batch)
+    return ((logp - batch.logp_old) * batch.mask).abs().max().item()
+
+
+def test_sampled_and_scored_log_probs_agree(policy, samples, sandbox):
+    """Over whole episodes with tool images, rows of different lengths and padding, in one padded batch."""
+    episodes = sampled(policy, samples(*KINDS, ("none",)), sandbox, temperature=1.0)
+    assert len({len(e.ids) for e in episodes}) > 3 and len({len(e.turns) for e in episodes}) > 1
+    assert any(len(e.images) > 1 for e in episodes), "no episode has a tool image: this would prove nothing"
+    assert largest_difference(policy, episodes) < 1e-4
+
+
+def break_positions(monkeypatch, policy):
+    """Text after an image goes on from its last column + 1 for every id of the image (1-D counting)."""
+    true = type(policy).positions
+    monkeypatch.setattr(policy, "positions", lambda ids, images: true(policy, ids, images) if len(images) < 2
+                        else torch.arange(len(ids)).expand(3, -1))
+
+
+def break_mask(monkeypatch, policy):
+    """Padding between the turns is attended to."""
+    original = Rows._forward
+
+    def forward(self, ids, positions, new_attention, features, newest):
+        original(self, ids, positions, torch.ones_like(new_attention), features, newest)
+    monkeypatch.setattr(Rows, "_forward", forward)
+
+
+def break_cache(monkeypatch, policy):
+    """The prompts are repeated in the wrong order: rows of one sample continue another's cache."""
+    monkeypatch.setattr(Rows, "repeat", lambda self, times: self.keep(list(range(len(self.last))) * times))
+
+
+def break_last_id(monkeypatch, policy):
+    """The end-of-turn id is not put into the cache before the observation."""
+    original = rollout_module.add_observations
+
+    def without(*arguments):
+        return [piece and (piece[0][1:], piece[1]) for piece in original(*arguments)]
+    monkeypatch.setattr(rollout_module, "add_observations", without)
+
+
+@pytest.mark.parametrize("sabotage", [break_positions, break_mask, break_cache, break_last_id])
+def test_the_check_notices_a_broken_position_mask_or_cache(policy, samples, sandbox, monkeypatch, sabotage):
+    sabotage(monkeypatch, policy)
+    assert largest_difference(policy, sampled(policy, samples(*KINDS, ("none",)), sandbox)) > 1e-3
+
+
+def test_cached_logits_equal_one_full_forward(policy, samples, sandbox, monkeypatch):
+    """The hidden state after each observation, from the kept cache, against a forward over the whole list."""
+    states = []
+    original = Rows.feed
+
+    def feed(self, pieces, positions, features):
+        original(self, pieces, positions, features)
+        states.append(self.last)
+    monkeypatch.setattr(Rows, "feed", feed)
+    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=1, seed=2)
+    assert len(states) >= 2
+    episode = episodes[0]
+    starts = [turn.start for turn in episode.turns]
+    batch = collate(policy, episodes)
+    with torch.no_grad():
+        hidden = policy.hidden(batch.ids, batch.positions, batch.attention, policy.features(batch.images))
+        for start, state in zip(starts, states):
+            torch.testing.assert_close(policy.model.lm_head(state[0]), policy.model.lm_head(hidden[0, start - 1]),
+                                       atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_episodes_do_not_depend_on_their_neighbours(policy, samples, sandbox):
+    """Alone or beside others, in a group or not: the same greedy episode."""
+    three = samples(*KINDS)
+    together = sampled(policy, three, sandbox, group_size=2, temperature=0.0)
+    for i, sample in enumerate(three):
+        alone = sampled(policy, [sample], sandbox, group_size=1, temperature=0.0)[0]
+        assert alone.ids == together[2 * i].ids == together[2 * i + 1].ids
+
+
+def test_the_same_seed_gives_the_same_episodes(policy, samples, sandbox):
+    first, again, other = (sampled(policy, samples(*KINDS), sandbox, seed=s) for s in (5, 5, 6))
+    assert [e.ids for e in first] == [e.ids for e in again] and [e.logp for e in first] == [e.logp for e in again]
+    assert [e.ids for e in first] != [e.ids for e in other]
+
+
+def test_barred_ids_are_never_sampled(policy, samples, sandbox):
+    """Even a policy that wants nothing else cannot write an image pad."""
+    class Eager(type(policy)):
+        def hidden(self, *arguments, **more):
+            out = super().hidden(*arguments, **more)
+            return out + 100 * self.model.lm_head.weight[self.image_pad]
+    eager = Eager(policy.model, policy.tokenizer, policy.image_processor, policy.system_prompt)
+    for episode in sampled(eager, samples(("dark",)), sandbox, max_new_tokens=10):
+        assert not set(i for i, m in zip(episode.ids, episode.mask) if m) & {policy.image_pad, policy.im_start}
+
+
+# --- whole episodes, from a script ------------------------------------------------------------------------------
+
+
+def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, samples, sandbox, monkeypatch):
+    sample, = samples(("rotation90",))
+    gold = sample.golds[0]
+    play(monkeypatch, policy, [[problem("rotation90"), code("image = image.rotate(-90)"), answer(gold)]])
+    episode, = sampled(policy, [sample], sandbox, group_size=1)
+    assert [t.action.kind for t in episode.turns] == ["problem", "code", "answer"]
+    assert [t.observation for t in episode.turns] == [rollout_module.REPLY_PROBLEM, rollout_module.REPLY_IMAGE, None]
+    assert episode.answer == gold and episode.ended == "answer" and len(episode.images) == 2
+    turned = sample.open_image().rotate(-90)
+    difference = abs(torch.tensor(list(turned.tobytes())).float() - torch.tensor(list(episode.view.tobytes())).float())
+    assert difference.mean() < 6       # the program saved a JPEG: nearly the same picture
+    reward = episode_reward(episode)
+    assert (reward.answer, reward.format, reward.problem) == (1.0, 1.0, 1.0)
+
+
+def test_answering_at_once_is_worth_less_than_working(policy, samples, sandbox, monkeypatch):
+    """The best a policy without code can hope for on an unreadable image is the format's reward."""
+    sample, = samples(("dark",))
+    gold = sample.golds[0]
+    wrong = "13" if gold != "13" else "14"
+    play(monkeypatch, policy, [[answer(wrong)], [problem("dark"), code("image = image.point(lambda v: v * 6)"), answer(gold)]])
+    lazy, working = sampled(policy, [sample], sandbox, group_size=2)
+    assert episode_reward(lazy).total == 1.0 and episode_reward(working).total == 3.0
+
+
+def test_what_goes_wrong_goes_back_to_the_model(policy, samples, sandbox, monkeypatch):
+    play(monkeypatch, policy, [
+        [code("raise ValueError('no')"), answer("1")], [code("image = image.rotate("), answer("1")],
+        ["no tags at all", answer("1")], ["<think>I search.</think><search>x</search>", answer("1")],
+        [problem("none"), answer("1")]])
+    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=5)
+    said = [e.turns[0].observation for e in episodes]
+    assert "ValueError" in said[0] and "SyntaxError" in said[1] and said[2].startswith("Not understood: ")
+    assert said[3] == rollout_module.REPLY_NO_SEARCH and said[4] == rollout_module.REPLY_NONE
+    assert all(e.answer == "1" and len(e.images) == 1 for e in episodes)
+
+
+def test_a_second_program_works_on_the_first_ones_image(policy, samples, sandbox, monkeypatch):
+    half = code("image = image.resize((image.width // 2, image.height // 2))")
+    play(monkeypatch, policy, [[half, half, answer("1")]])
+    episode, = sampled(policy, samples(("none",)), sandbox, group_size=1)
+    assert [t.execution.image.size for t in episode.turns[:2]] == [(56, 56), (28, 28)]
+
+
+def test_equal_programs_of_a_group_share_one_image(policy, samples, sandbox, monkeypatch):
+    turn = code("image = image.rotate(180)")
+    play(monkeypatch, policy, [[turn, answer("1")]] * 3)
+    episodes = sampled(policy, samples(("none",)), sandbox, group_size=3)
+    assert len({id(e.images[1]) for e in episodes}) == 1
+
+
+def test_with_tools_off_the_image_stays_as_it_was(policy, samples, monkeypatch):
+    sample, = samples(("dark",))
+    play(monkeypatch, policy, [[code("image = image.point(lambda v: v * 6)"), answer("1")]])
+    episode, = sampled(policy, [sample], None, group_size=1)
+    assert episode.view.tobytes() == sample.open_image().tobytes() and len(episode.images) == 2
+
+
+# --- how episodes end ---------------------------------------------------------------------------------------------
+
+
+def test_every_way_to_end(policy, samples, sandbox, monkeypatch):
+    play(monkeypatch, policy, [[answer("1")], [problem("dark")] * 3, [answer("12345") + "..."]])
+    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=3, max_turns=3)
+    assert [e.ended for e in episodes] == ["answer", "turns", "cut"]
+    assert [e.answer for e in episodes] == ["1", None, None], "an answer without its end of turn is none"
+    assert episodes[1].turns[-1].observation is None
+
+
+def test_an_observation_that_does_not_fit_ends_the_episode_before_it(policy, samples, sandbox, monkeypatch):
+    """Nothing is truncated, an image least of all: ids and images stay as they were (law 5)."""
+    sample, = samples(("dark",))
+    turn = code("image = image.rotate(180)")
+    prompt = len(begin(policy, [sample])[0].ids)
+    room = prompt + len(policy.text_ids(turn)) + 1 + 8
+    play(monkeypatch, policy, [[turn, answer("1")]])
+    episode, = sampled(policy, [sample], sandbox, group_size=1, max_length=room)
+    assert episode.ended == "length" and len(episode.ids) <= room and len(episode.images) == 1
+    assert episode.ids.count(policy.image_pad) == policy.image_tokens(episode.images[0])
+
+
+def test_the_clock_counts_every_phase(policy, samples, sandbox):
+    clock = Clock()
+    rollout(policy, samples(("dark",)), group_size=2, tools=sandbox, generator=torch.Generator(), clock=clock,
+            limits=dataclasses.replace(Limits(), max_new_tokens=64))
+    assert set(clock.seconds) >= {"vision", "prefill", "decode", "tools"}
+
+
+def test_an_empty_episode_has_no_answer(samples):
+    assert Episode(samples(("dark",))[0]).answer is None
+    assert set(mini.texts("train")).isdisjoint(mini.texts("test"))

@@ -141,7 +141,7 @@ def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotati
     >>> problem_reward(("rotation90",), gold, rotation_credit=True)
     0.5
     """
-    if not stated or not gold:
+    if not stated:
         return 0.0
     if set(stated) == set(gold):
         return 1.0

@@ -107,12 +107,13 @@ def test_doubles_none_and_crops(tmp_path):
 
 def test_steps_may_come_in_any_order_and_two_questions_may_share_an_image(tmp_path):
     rows = steps(question="What year?") + steps(question="Which  city?", answer="Rome")
-    rows[-1]["problem"] = "<query>Which city?</query>"          # other blanks, the same question
+    rows[-1]["problem"] = "<query>Which\ncity?</query>"          # other blanks, the same question
     random.Random(0).shuffle(rows)
     write_mat(tmp_path, "mat-coding", "train", rows)
     samples = load("mat-coding", tmp_path, "train")
     assert sorted(s.id for s in samples) == ["a", "a-2"]
-    assert {s.question.split()[1]: s.golds for s in samples} == {"year?": ("1999",), "city?": ("Rome",)}
+    assert {tuple(s.question.split()): s.golds for s in samples} == {
+        ("What", "year?"): ("1999",), ("Which", "city?"): ("Rome",)}
 
 
 def test_what_cannot_be_joined_is_left_out_and_named(tmp_path):
@@ -271,6 +272,13 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert np.asarray(read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
+def test_an_image_of_another_format_is_refused(tmp_path):
+    for form in ("PPM", "EPS"):         # an EPS is a program; Pillow would have it executed
+        Image.new("RGB", (2, 2)).save(tmp_path / "page.png", format=form)
+        with pytest.raises(DataError, match="page.png: not a readable image"):
+            read_image(tmp_path / "page.png")
+
+
 @pytest.mark.parametrize("size", [(9000, 8000), (14_000, 13_000)])     # above our limit; above Pillow's own
 def test_a_huge_image_is_refused_before_its_pixels_are_read(tmp_path, size):
     Image.new("1", size).save(tmp_path / "huge.png")
@@ -294,7 +302,15 @@ def test_no_damage_to_an_image_ends_in_anything_but_a_data_error(tmp_path):
         except DataError as error:
             refused += 1
             assert str(path) in str(error)
+        assert mat.image_defect(path) is None or str(path) in mat.image_defect(path)
     assert refused > 200
+
+
+def test_a_png_whose_parts_are_sound_but_that_holds_no_pixels(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "empty.png")
+    data = (tmp_path / "empty.png").read_bytes()
+    (tmp_path / "empty.png").write_bytes(data.replace(b"IDAT", b"xDAT"))
+    assert "empty.png: not a readable image" in mat.image_defect(tmp_path / "empty.png")
 
 
 # --- check: everything that is wrong, at once ----------------------------------------------------------------------
@@ -330,7 +346,7 @@ def test_check_finds_damage_inside_a_png_and_names_steps_that_do_not_join(tmp_pa
 
 
 def test_latex_in_a_gold_is_no_line_break():
-    lines = ["FOOD\\nHALL", "size\\n3", "a\\nbar"]
+    lines = ["FOOD\\nHALL", "size\\n3", "a\\nbar", "no\\nunits"]     # \nu is a Greek letter, \nunits is not
     latex = ["\\neq", "x \\ne y", "\\nu_1", "\\nabla f", "\\not\\in", "\\notin", "\\newline", "real\nbreak", "\\rm{n}"]
     assert all(mat.LITERAL_NEWLINE.search(text) for text in lines)
     assert not any(mat.LITERAL_NEWLINE.search(text) for text in latex)

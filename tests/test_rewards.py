@@ -78,6 +78,7 @@ def test_an_article_as_answer():
 
 def test_an_empty_gold_cannot_be_hit_by_saying_nothing():
     assert score_answer("", [""]) == (1.0, 1.0)
+    assert score_answer(None, [""]) == (0.0, 0.0)               # no answer is not an empty one
     assert score_answer("", [""], "repaired") == (0.0, 0.0)
     assert score_answer("", ["Paris"], "repaired") == score_answer("", ["Paris"]) == (0.0, 0.0)
 
@@ -225,6 +226,8 @@ def test_half_of_a_double_is_wrong_unless_the_authors_half_credit_is_chosen():
     assert [problem_reward(stated, gold) for stated in (("rotation90",), ("dark",))] == [0.0, 0.0]
     assert [problem_reward(stated, gold, rotation_credit=True)
             for stated in (("rotation90",), ("dark",), ("rotation180",), gold)] == [0.5, 0.0, 0.0, 1.0]
+    assert problem_reward(("rotation90", "blur"), gold, rotation_credit=True) == 0.0
+    assert problem_reward(("rotation90",), gold + ("blur",), rotation_credit=True) == 0.0
     assert problem_reward(("rotation90",), ("rotation90",), rotation_credit=True) == 1.0
     assert reward(Turn(Action("problem", ("rotation90",))), ANSWER, rotation_credit=True).total == 2.5
 
@@ -382,6 +385,14 @@ def test_compare_by_hand(tmp_path):
                                              "difference": pytest.approx(0.0), "better": 1, "worse": 1}
     low, high = result["f1"]["ci95"]
     assert low < 0 < high and low == pytest.approx(-high, abs=0.05)
+
+
+def test_items_without_ids_are_paired_by_their_query_and_repeated_queries_by_their_order(tmp_path):
+    rows = [{"query": query, "gt": ["x"], "pred_answer": answer} for query, answer in
+            (("who?", "x"), ("where?", "y"), ("who?", "z"))]
+    a, b = write(tmp_path / "a.json", rows), write(tmp_path / "b.json", [rows[1], rows[0], rows[2]])
+    result = compare(a, b, "bamboogle")
+    assert (result["n"], result["changed"]) == (3, 0)
 
 
 def test_a_paired_interval_is_narrow_where_two_files_agree(tmp_path):

@@ -352,6 +352,7 @@ def read_output() -> tuple:
         return None, f"{OUTPUT} is not an ordinary file"
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         return None, f"{OUTPUT} is not an ordinary file"
+    Image.MAX_IMAGE_PIXELS = None       # ours is stricter, and is checked before anything is decoded
     try:
         with open(fd, "rb") as file:
             image = Image.open(file, formats=FORMATS)

@@ -368,7 +368,8 @@ ATTACKS = {
     "make a pair of sockets": ("seccomp", "import socket; socket.socketpair()"),
     "fork": ("seccomp", "import os\nif os.fork() == 0: os._exit(0)"),
     "run a command": ("seccomp", "import subprocess; subprocess.run(['true'], check=True)"),
-    "become another program": ("seccomp", "import os; os.execv('/bin/true', ['true'])"),
+    "become another program": ("seccomp", "import os\ntry: os.execv('/no/such/program', ['x'])\n"
+                               "except FileNotFoundError: pass"),
     "start a thread": ("seccomp", "import threading; threading.Thread(target=int).start()"),
     "signal the trainer": ("seccomp", "import os; os.kill({pid}, 0)"),
     "make the kernel signal the trainer": ("seccomp", "import fcntl, os; r, w = os.pipe(); "
@@ -429,6 +430,7 @@ def open_box():
         yield sandbox
 
 
+@pytest.mark.skipif(not LINUX, reason="/proc and abstract sockets are Linux's")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_attack_works_where_there_is_no_wall(open_box, victim, picture, name):
     stdout = attack(open_box, victim, picture, name)
@@ -448,3 +450,325 @@ def test_what_each_wall_stops_alone(victim, picture, wall):
         stopped = {name for name in ATTACKS if wall in ATTACKS[name][0].split()}
         worked = {name for name in stopped if attack(sandbox, victim, picture, name) == "it worked\n"}
     assert not worked
+
+
+def test_nothing_of_the_trainer_is_inherited(picture, monkeypatch, tmp_path):
+    """Neither its environment nor an open file, whatever its number."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    with open(tmp_path / "gold.json", "w+") as file, Sandbox(workers=1) as sandbox:
+        file.write(SECRET)
+        file.flush()
+        os.set_inheritable(file.fileno(), True)
+        stdout = sandbox.run("import os, sys\nprint(dict(os.environ), sys.argv)\nfor fd in range(3, 1024):\n"
+                             "    try:\n        print(os.pread(fd, 100, 0))\n    except OSError: pass", picture).stdout
+    assert SECRET not in stdout and "API_KEY" not in stdout and "PATH" in stdout
+
+
+LEAVE = """
+import builtins, os, random, sys, tempfile
+import numpy
+from PIL import Image
+numpy.marked = Image.marked = builtins.marked = sys.marked = os.environ['marked'] = 'MARK'
+Image.Image.rotate = builtins.len = numpy.asarray = None
+open('MARK', 'w').write('MARK')
+os.write(1, b'left\\n')
+sys.setrecursionlimit(50)
+"""
+
+
+def test_nothing_is_left_for_the_next_program(picture):
+    look = "import builtins, gc, os, sys, numpy\nfrom PIL import Image\nprint(os.listdir(), os.environ.get('marked'))\n" \
+           "print([hasattr(x, 'marked') for x in (numpy, Image, builtins, sys)])\n" \
+           "print(sum(type(x) is dict and 'MARK' in map(str, x.values()) for x in gc.get_objects()))"
+    with Sandbox(workers=1) as sandbox:
+        before = sandbox.run(look, picture).stdout
+        assert sandbox.run(LEAVE, picture).stdout == "left\n"
+        assert sandbox.run(look, picture).stdout == before
+        assert before == f"['{jail.INPUT}'] None\n[False, False, False, False]\n0\n"
+        assert healthy(sandbox, picture)
+
+
+# Limits: each is an observation for the model, and the next program runs.
+
+@pytest.fixture(scope="module")
+def hasty():
+    with Sandbox(workers=1, seconds=1) as sandbox:
+        yield sandbox
+
+
+@pytest.mark.parametrize("code", [
+    "while True: pass",
+    "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+    "import signal\nfor s in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU): signal.signal(s, "
+    "signal.SIG_IGN)\nwhile True: pass",
+    "import re\nre.match('(a*)*b', 'a' * 50)",                  # inside C, where no Python exception arrives
+    "import time\ntime.sleep(1000)",
+    "import os\nos.read(os.pipe()[0], 1)",
+    "class Sticky:\n    def __del__(self):\n        while True: pass\nsticky = Sticky()",
+], ids=["loop", "loop that catches all", "loop that ignores signals", "regular expression", "sleep", "pipe",
+        "destructor"])
+def test_time_is_limited(hasty, picture, code):
+    execution = hasty.run("print('started', flush=True)\n" + code, picture)
+    assert (execution.error, execution.stdout) == ("the program ran longer than 1 s", "started\n")
+    assert healthy(hasty, picture)
+
+
+@pytest.mark.parametrize("code, words", [
+    ("import numpy as np\nnp.ones(1 << 30)", "MemoryError"),
+    ("data = []\nwhile True: data.append(bytes(1 << 20))", "MemoryError"),
+    ("import mmap\nmmap.mmap(-1, 2 << 30)", "Cannot allocate memory"),
+    ("with open('x', 'wb') as file:\n    file.truncate(1 << 40)", "File too large"),
+    ("with open('x', 'wb') as file:\n    while True: file.write(bytes(1 << 20))", "File too large"),
+    ("import os\nos.closerange(0, 2)\nfiles = [open('x', 'w') for _ in range(100)]", "Too many open files"),
+    ("import time\nfor i in range(150):\n    open(f'{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(100)",
+     "wrote more than 128 MB or 1000 files"),
+    ("import time\nfor i in range(1100): open(f'{i}', 'w').close()\ntime.sleep(100)",
+     "wrote more than 128 MB or 1000 files"),
+    ("print('x' * (1 << 20) * 100)", ""),
+    ("while True: print('x' * 1000)", "File too large"),
+    ("exec('x = ' + '(' * 10 ** 6)", ""),
+    ("import os\nos.kill(os.getpid(), 9)", ""),
+    ("import os\nos.abort()", "killed"),
+    ("import os\nos._exit(0)", "ended its own process"),
+    ("import sys\nsys.stdout.close()\nimport os\nos.closerange(0, 1024)", ""),
+    ("import sys\nsys.modules.clear()\ndel __builtins__", ""),
+    ("import os\nos._exit = lambda status: None\nos.unlink = os.open = open = None", ""),
+])
+def test_a_limit_is_an_observation(box, picture, code, words):
+    execution = box.run(code, picture)
+    assert execution.image is None and words in execution.error
+    assert len(execution.error) <= tools.ERROR_CHARACTERS and len(execution.stdout) < 3000
+    assert healthy(box, picture)
+
+
+# The way back: the program leaves a hostile file, or answers in the sandbox's place.
+
+def png(width: int, height: int, rows: bytes = b"") -> bytes:
+    """A PNG that says what it likes about its size."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content, words", [
+    (png(60000, 60000), "60000 x 60000 pixels"),
+    (png(4097, 4096), "4097 x 4096 pixels"),
+    (png(8, 8), "cannot be read as an image"),
+    (png(64, 48)[:40], "cannot be read as an image"),
+    (b"", "cannot be read as an image"),
+    (b"%PDF-1.4", "cannot be read as an image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image"),   # would start ghostscript
+    (b"GIF89a" + b"\xff" * 100, "cannot be read as an image"),
+])
+def test_a_hostile_image_is_an_error(box, picture, content, words):
+    execution = box.run(f"open({jail.OUTPUT!r}, 'wb').write({content!r})", picture)
+    assert execution.image is None and words in execution.error
+
+
+@pytest.mark.parametrize("make", [f"import os\nos.symlink('{{file}}', {jail.OUTPUT!r})",
+                                  f"import os\nos.symlink({jail.INPUT!r}, {jail.OUTPUT!r})",
+                                  f"import os\nos.mkfifo({jail.OUTPUT!r})", f"import os\nos.mkdir({jail.OUTPUT!r})",
+                                  f"import os\nos.link('{{file}}', {jail.OUTPUT!r})"])
+@pytest.mark.parametrize("walls", [True, False], ids=["walls", "no walls"])
+def test_the_output_must_be_an_ordinary_file(box, open_box, picture, tmp_path, make, walls):
+    """With walls an exotic file cannot be made; without them it is not read, except a hard link: it is a file."""
+    picture.save(tmp_path / "gold.png")
+    code = make.replace("{file}", str(tmp_path / "gold.png"))
+    execution = (box if walls else open_box).run(code, picture)
+    if walls:
+        assert "Error" in execution.error
+    elif "link('/" not in code or "symlink" in code:
+        assert execution.error == f"{jail.OUTPUT} is not an ordinary file"
+
+
+FORGE = """
+import os, struct
+for fd in range(3, 64):
+    for reply in (b'{"error": null}\\n', struct.pack('<III', 9, 9, 0) + bytes(10), struct.pack('<III', 1 << 31, 1 << 31, 0),
+                  struct.pack('<III', 0, 0, 1 << 31) + b'free text', b'x' * 100000):
+        try:
+            os.lseek(fd, 0, 0)
+        except OSError: pass
+        try:
+            os.set_blocking(fd, False)
+            os.write(fd, reply)
+        except OSError: pass
+"""
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "while True: pass", "os.closerange(0, 64)", "os.abort()", "1 / 0"])
+def test_the_reply_cannot_be_forged(hasty, picture, end):
+    """What the trainer reads after the program is dead is checked, and the next reply is the next program's."""
+    execution = hasty.run(FORGE + end, picture)
+    assert execution.image is None and execution.error
+    assert hasty.run("print('mine')", picture).stdout == "mine\n"
+    assert healthy(hasty, picture)
+
+
+# Life and death.
+
+def test_a_dead_worker_is_replaced(picture):
+    with Sandbox(workers=1) as sandbox:
+        process = sandbox._workers[0]._process
+        process.kill()
+        process.wait()
+        assert healthy(sandbox, picture)
+        assert sandbox._workers[0]._process is not process
+
+
+def test_a_missing_scratch_directory_is_replaced(picture):
+    with Sandbox(workers=1) as sandbox:
+        jail.wipe(sandbox._workers[0]._base)
+        assert healthy(sandbox, picture)
+
+
+def test_an_interrupted_call_does_not_answer_the_next_one(picture, monkeypatch):
+    with Sandbox(workers=1) as sandbox:
+        def interrupt(worker):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tools.Worker, "_reply", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sandbox.run("print('first')", picture)
+        assert sandbox.run("print('second')", picture).stdout == "second\n"
+
+
+def test_a_sandbox_outlives_the_thread_that_made_it(picture):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(Sandbox(workers=1)))
+    thread.start()
+    thread.join()
+    with made[0] as sandbox:
+        assert healthy(sandbox, picture)
+
+
+def test_a_full_disk_is_an_observation(picture, tmp_path, monkeypatch):
+    """A file system of 512 KB takes the place of the temporary directory; the input image alone is larger."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        monkeypatch.setattr(tools.tempfile, "gettempdir", lambda: str(tmp_path))
+        with Sandbox(workers=1) as sandbox:
+            execution = sandbox.run("print('never')", Image.new("RGB", (1000, 1000)))
+            assert execution.stdout == "" and "No space left on device" in execution.error
+            assert healthy(sandbox, picture)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)])
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition) -> bool:
+    """Give the other processes some time; a generous end, which a passing test does not come near."""
+    for _ in range(600):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_no_process_and_no_file_survives_a_killed_trainer(tmp_path):
+    code = textwrap.dedent(f"""
+        import sys, tempfile
+        sys.path.insert(0, {os.path.dirname(tools.__file__)!r})
+        tempfile.tempdir = {str(tmp_path)!r}
+        import tools
+        from PIL import Image
+        sandbox = tools.Sandbox(workers=2, seconds=60)
+        print(*[worker._process.pid for worker in sandbox._workers], flush=True)
+        sandbox.run("while True: pass", Image.new("RGB", (9, 9)))
+    """)
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(workers) == 2
+    assert wait_for(lambda: list(tmp_path.glob("*/run/*")))         # the program runs
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert wait_for(lambda: not any(map(alive, workers)))
+    assert wait_for(lambda: not list(tmp_path.iterdir()))
+
+
+@pytest.mark.skipif(not LINUX, reason="parent death signals are Linux's")
+def test_a_program_does_not_outlive_a_killed_worker(box, picture):
+    """The program prints its process id and is then without a zygote; the trainer starts another and tries again."""
+    with Sandbox(workers=1, seconds=3) as sandbox:
+        thread = threading.Thread(target=sandbox.run, args=("import time\ntime.sleep(60)", picture))
+        thread.start()
+        worker = sandbox._workers[0]._process
+        children = f"/proc/{worker.pid}/task/{worker.pid}/children"
+        assert wait_for(lambda: open(children).read().split())
+        child = int(open(children).read().split()[0])
+        worker.kill()
+        assert wait_for(lambda: not alive(child))
+        thread.join()
+
+
+def test_a_closed_sandbox_leaves_nothing_and_refuses(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.tempfile, "gettempdir", lambda: str(tmp_path))
+    with Sandbox(workers=2) as sandbox:
+        assert len(os.listdir(tmp_path)) == 2
+        assert healthy(sandbox, picture) and healthy(sandbox, picture)
+        assert not list(tmp_path.glob("*/run"))
+        workers = [worker._process.pid for worker in sandbox._workers]
+    assert os.listdir(tmp_path) == [] and not any(map(alive, workers))
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.run("", picture)
+    sandbox.close()
+
+
+def test_a_forked_trainer_may_not_use_its_parents_sandbox(box, picture, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="forked"):
+        box.run("", picture)
+
+
+# What a machine lacks.
+
+@pytest.mark.skipif(not LINUX, reason="landlock or chroot, and seccomp")
+def test_a_safe_machine_says_so_in_one_line(picture):
+    with Sandbox(workers=1, strict=True) as sandbox:
+        assert sandbox.escapes == () and "seccomp" in sandbox.layers
+        assert "NOT SAFE" not in sandbox.describe() and "\n" not in sandbox.describe()
+
+
+@pytest.mark.parametrize("without, escape", [(("landlock", "chroot"), "read files, write files"),
+                                             (("seccomp",), "use the network"), (ALL, "signal processes")])
+def test_a_missing_layer_is_named_and_strict_refuses(picture, without, escape):
+    with Sandbox(workers=1, without=without) as sandbox:
+        line = sandbox.describe()
+        assert "NOT SAFE" in line and escape in line and without[0] in line and "\n" not in line
+        assert healthy(sandbox, picture)
+    with pytest.raises(SandboxError, match=escape):
+        Sandbox(workers=1, without=without, strict=True)
+
+
+@pytest.mark.parametrize("without", [("landlock",), ("fork",), ("fork",) + ALL], ids=["chroot", "fresh", "macOS"])
+def test_the_degraded_ways_run_ordinary_programs(picture, without):
+    """Chroot in landlock's place; a fresh interpreter for every program; that without any wall, as on macOS."""
+    with Sandbox(workers=1, seconds=3, without=without) as sandbox:
+        assert healthy(sandbox, picture)
+        code = program("import numpy as np", "image = Image.fromarray(255 - np.asarray(image))", "print('好')")
+        execution = sandbox.run(code, picture)
+        assert same(execution, ImageOps.invert(picture)) and execution.stdout == "好\n"
+        assert sandbox.run("1 / 0", picture).error == "ZeroDivisionError: division by zero (line 1)"
+        assert sandbox.run("while True: pass", picture).error == "the program ran longer than 3 s"
+        assert healthy(sandbox, picture)
+
+
+def test_a_worker_that_cannot_start_is_told(monkeypatch):
+    monkeypatch.setattr(tools.sys, "executable", "/bin/false")
+    with pytest.raises(SandboxError, match="did not start"):
+        Sandbox(workers=1)

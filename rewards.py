@@ -159,7 +159,8 @@ def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float 
     reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
     labels at once, or the gold among many words are worth less than, or as much as, saying the right thing once. What
     stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing, and an episode
-    that never answers has no answer reward. With weights of 1 the total is in [0, 3].
+    that never answers has no answer reward. (One hole is the official scorer's: to the gold "A" an answer of only
+    articles or signs is right. scorer="repaired" closes it.) With weights of 1 the total is in [0, 3].
     """
     if answer_metric not in ("f1", "em"):
         raise ValueError(f"unknown answer_metric '{answer_metric}'; it is f1 or em")

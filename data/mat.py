@@ -266,7 +266,8 @@ def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]
 
 
 def listed(counts: Counter) -> str:
-    """
+    """Counts in one line, in the order of first sight.
+
     >>> listed(Counter(["simple", "hard", "hard"]))
     'simple 1, hard 2'
     """

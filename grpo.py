@@ -6,11 +6,11 @@ the policy sampled is made likelier or less likely by that much, with two brakes
 
     advantage   A_i     = (r_i - mean(r)) / (std(r) + 1e-4)         over the group of G
     ratio       rho_t   = exp(logp_t - logp_old_t)                  1 on the first update
-    objective   Eq. (1) = min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) - beta * KL_t
+    objective   min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i) - beta * KL_t
     KL estimate KL_t    = exp(d) - d - 1,  d = logp_ref_t - logp_t  (k3, never negative)
 
-Eq. (1) is the numbering of Visual-ARFT (arXiv 2505.14246): maximise the expected reward
-minus beta times the divergence from the reference. On the first update after sampling
+This is the paper's first equation (Visual-ARFT, arXiv 2505.14246: the expected reward minus
+beta times the divergence from the reference) with PPO's clipped ratio for the reward. On the first update after sampling
 rho is 1 for every id and the advantages of a group sum to zero, so the policy term of
 the loss is about zero. Its gradient is not: d rho / d logp is 1 there, which leaves
 A * grad logp, the policy gradient. Watch the reward, not the loss.
@@ -37,6 +37,7 @@ from policy import ImageInput, Policy
 from rollout import Episode
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+TOKEN_MEANS = ("dapo", "cispo")          # loss types that average over all tokens of the batch at once
 SCALES = ("group", "batch", "none")
 
 # --- advantages ------------------------------------------------------------------------------------
@@ -97,26 +98,27 @@ def policy_loss(logp, logp_old, logp_ref, advantages, mask, *, loss_type: str = 
     ratio = log_ratio.exp()
 
     if loss_type == "cispo":
-        per_token = -ratio.clamp(max=clip_high).detach() * A * logp
-        clipped = (ratio > clip_high).expand_as(logp)
+        gain = ratio.clamp(max=clip_high).detach() * A * logp              # [B, T]
+        clipped = ratio > clip_high
     else:
         unclipped = ratio * A
         bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * A
-        per_token = -torch.minimum(unclipped, bounded).expand_as(logp)     # Eq. (1), the reward's half
-        clipped = (bounded < unclipped).expand_as(logp)
+        gain = torch.minimum(unclipped, bounded)                           # [B, T], gspo: [B, 1]
+        clipped = bounded < unclipped
     kl = torch.zeros_like(logp)
     if logp_ref is not None:
         d = (logp_ref - logp).masked_fill(mask == 0, 0.0)
         kl = d.exp() - d - 1                                               # k3 of KL(policy || reference)
-        per_token = per_token + beta * kl                                  # Eq. (1), the divergence's half
+    per_token = -(gain - beta * kl)                                        # Eq. (1), maximised
     loss = _aggregate(per_token, mask, loss_type, max_length)
-    return loss, _token_means(mask, kl=kl, ratio=ratio.expand_as(logp), clip_fraction=clipped)
+    ratio, clipped = ratio.expand_as(logp), clipped.expand_as(logp)
+    return loss, _token_means(mask, kl=kl, ratio=ratio, clip_fraction=clipped)
 
 
 def _aggregate(per_token, mask, loss_type: str, max_length: int | None):
     """[B, T] -> scalar: the weights that loss_type gives to tokens and sequences."""
     per_token = per_token.masked_fill(mask == 0, 0.0)
-    if loss_type in ("dapo", "cispo"):
+    if loss_type in TOKEN_MEANS:
         return per_token.sum() / mask.sum().clamp(min=1)
     if loss_type == "dr_grpo":
         if not max_length:
@@ -128,13 +130,6 @@ def _aggregate(per_token, mask, loss_type: str, max_length: int | None):
 def _token_means(mask, **values) -> dict[str, float]:
     count = mask.sum().clamp(min=1)
     return {name: ((value.detach() * mask).sum() / count).item() for name, value in values.items()}
-
-
-def micro_weight(loss_type: str, part_mask, whole_mask) -> float:
-    """What a micro-batch's loss counts in the whole minibatch's, so that accumulation changes nothing."""
-    if loss_type in ("dapo", "cispo"):
-        return (part_mask.sum() / whole_mask.sum().clamp(min=1)).item()
-    return len(part_mask) / len(whole_mask)
 
 
 # --- episodes as tensors -------------------------------------------------------------------------------
@@ -225,7 +220,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
 
 def _accumulate(policy, reference, episodes, advantages, config) -> tuple[dict[str, float], float]:
     """Adds the gradient of one minibatch, a micro-batch at a time. Returns its statistics and logp error."""
-    whole = torch.tensor([sum(e.mask) for e in episodes])                  # tokens of each episode
+    tokens = torch.tensor([sum(e.mask) for e in episodes])                 # sampled ids of each episode
     stats, error = defaultdict(float), 0.0
     for start in range(0, len(episodes), config.micro_batch):
         part = slice(start, start + config.micro_batch)
@@ -238,13 +233,12 @@ def _accumulate(policy, reference, episodes, advantages, config) -> tuple[dict[s
         loss, values = policy_loss(
             logp, batch.logp_old, logp_ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,
             clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, max_length=config.max_sampled)
-        weight = (whole[part].sum() / whole.sum() if config.loss_type in ("dapo", "cispo")
-                  else len(batch.mask) / len(episodes))
+        # A micro-batch counts for its share of what the loss averages over, so that cutting changes nothing.
+        by_tokens = (tokens[part].sum() / tokens.sum()).item()
+        weight = by_tokens if config.loss_type in TOKEN_MEANS else len(batch.mask) / len(episodes)
         (loss * weight).backward()
-        share = float(whole[part].sum() / whole.sum())                     # statistics are means over tokens
-        values |= _token_means(batch.mask, entropy=entropy)
-        for name, value in values.items():
-            stats[name] += value * share
-        stats["loss"] += loss.item() * float(weight)
+        stats["loss"] += loss.item() * weight
+        for name, value in (values | _token_means(batch.mask, entropy=entropy)).items():
+            stats[name] += value * by_tokens
         error = max(error, ((logp.detach() - batch.logp_old) * batch.mask).abs().max().item())
     return dict(stats), error

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import grpo
 from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, update
 from rollout import Limits, rollout
 
@@ -238,7 +237,3 @@ def test_entropy_of_a_known_distribution(fresh_policy, episodes, monkeypatch):
     expected = math.log(int((~fresh_policy.barred).sum()))
     torch.testing.assert_close(entropy[batch.mask == 1], torch.full((int(batch.mask.sum()),), expected))
     assert (entropy[batch.mask == 0] == 0).all()
-
-
-def test_every_equation_of_the_docstring_is_computed_somewhere():
-    assert "Eq. (1)" in grpo.__doc__

@@ -46,7 +46,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the paper's names, in the scratch directory
-PIXELS = 4096 * 4096                # the largest output image
+PIXELS, SIDE = 4096 * 4096, 16384   # the largest output image, and the longest
 FILE_BYTES = 64 << 20               # the largest file, and the most a program can print; holds PIXELS raw RGB pixels
 DISK_BYTES, DISK_FILES = 128 << 20, 1000    # the whole scratch directory, looked at every TICK
 OPEN_FILES = 32
@@ -296,7 +296,7 @@ def close_all_but_standard_and(*kept: int) -> None:
 
 def run_program(source: bytes) -> str:
     """Run the program as `__main__`; return what went wrong in one line, or an empty string."""
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    stdout = sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
     sys.argv = ["program.py"]
     seed_everything()
     main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -310,8 +310,8 @@ def run_program(source: bytes) -> str:
     except BaseException as problem:        # whatever a program raises is an observation for the model
         error = describe(problem)
     main.__dict__.clear()                   # its arrays would leave too little memory to decode its image
-    with suppress(OSError, ValueError):     # standard output may be full or closed
-        sys.stdout.flush()
+    with suppress(OSError, ValueError):     # it may be full or closed
+        stdout.flush()
     return error
 
 
@@ -356,8 +356,9 @@ def read_output() -> tuple:
     try:
         with open(fd, "rb") as file:
             image = Image.open(file, formats=FORMATS)
-            if image.width * image.height > PIXELS:
-                return None, f"{OUTPUT} has {image.width} x {image.height} pixels; the most is {PIXELS}"
+            if image.width * image.height > PIXELS or max(image.size) > SIDE:
+                return None, (f"{OUTPUT} has {image.width} x {image.height} pixels; "
+                              f"the most is {PIXELS}, and {SIDE} along a side")
             image.load()
             return (image if image.mode == "RGB" else image.convert("RGB")), ""
     except Exception as problem:        # a decoder that is fed hostile bytes may raise anything

@@ -16,7 +16,8 @@ its own; the image that it leaves, what it printed and what went wrong come back
 exception.  The released evaluation of the paper calls `exec` in the process that holds the model instead.
 
 Covered, on Linux with landlock (5.13 or newer) and seccomp, as root or as an ordinary user:
-- files: only the scratch directory can be written, only Python, its packages, shared libraries and fonts can be read;
+- files: only the scratch directory can be written (files in it, no directories or links), only Python, its packages,
+  shared libraries and fonts can be read;
 - network: no socket of any kind, loopback and abstract ones included;
 - processes: none can be started, no thread either; none can be signalled, traced or outlived;
 - secrets: an environment made from nothing, no open file and no memory of the trainer;
@@ -26,7 +27,7 @@ Covered, on Linux with landlock (5.13 or newer) and seccomp, as root or as an or
 
 Not covered:
 - a fault of the kernel itself, reached through the calls that are left (a virtual machine is the answer to that);
-- whether a path exists and how large it is can be asked (stat), its content not;
+- whether a path exists and how large it is can be asked (stat), its content not; so can the machine's name and load;
 - files that are open and already removed escape the disk limit: at most 32 of 64 MB until the time is over;
 - other programs slow down: each worker may keep one core busy;
 - without landlock a chroot stands in (then only preloaded modules can be imported); what a machine lacks beyond that
@@ -48,6 +49,7 @@ import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -196,8 +198,10 @@ class Sandbox:
         """One line: the layers in force and what a program could still do, as tried at the start."""
         line = f"sandbox: {len(self._workers)} workers, {self.seconds:g} s, {self.memory_mb} MB; {', '.join(self.layers)}"
         missing = [name for name in jail.LAYERS if name not in self.layers + ("chroot",)]
+        if missing:
+            line += f"; missing here: {', '.join(missing)}"
         if self.escapes:
-            line += f"; NOT SAFE: programs can {', '.join(self.escapes)} (missing here: {', '.join(missing)})"
+            line += f"; NOT SAFE: programs can {', '.join(self.escapes)}"
         return line
 
     def run(self, code: str, image: Image.Image) -> Execution:
@@ -319,8 +323,10 @@ class Worker:
         """End the process, whatever it is doing; harmless if there is none.  `execute` starts a new one."""
         if self._process is None:
             return
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)     # the zygote sees the end, kills its program and cleans up
         self._replies.close()
-        self._socket.close()            # the zygote sees the end, kills its program and cleans up
+        self._socket.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

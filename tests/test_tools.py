@@ -7,7 +7,7 @@ walls are left out and sees them succeed.  No test asserts a time.
 
 import io
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
@@ -558,6 +558,7 @@ def png(width: int, height: int, rows: bytes = b"") -> bytes:
 @pytest.mark.parametrize("content, words", [
     (png(60000, 60000), "60000 x 60000 pixels"),
     (png(4097, 4096), "4097 x 4096 pixels"),
+    (png(1, 16385), "1 x 16385 pixels"),
     (png(8, 8), "cannot be read as an image"),
     (png(64, 48)[:40], "cannot be read as an image"),
     (b"", "cannot be read as an image"),
@@ -729,6 +730,23 @@ def test_a_closed_sandbox_leaves_nothing_and_refuses(picture, tmp_path, monkeypa
     sandbox.close()
 
 
+def test_closing_does_not_wait_for_a_program(picture):
+    errors = []
+
+    def work():
+        try:
+            sandbox.run("import time\ntime.sleep(1000)", picture)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with Sandbox(workers=1, seconds=1000) as sandbox:
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert wait_for(lambda: os.path.exists(os.path.join(sandbox._workers[0]._base, "run", jail.INPUT)))
+    thread.join()
+    assert errors == ["the sandbox is closed"]
+
+
 def test_a_forked_trainer_may_not_use_its_parents_sandbox(box, picture, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RuntimeError, match="forked"):
@@ -736,6 +754,20 @@ def test_a_forked_trainer_may_not_use_its_parents_sandbox(box, picture, monkeypa
 
 
 # What a machine lacks.
+
+@pytest.mark.parametrize("header, column", [("x86_64-linux-gnu/asm/unistd_64.h", 1), ("asm-generic/unistd.h", 2)])
+def test_the_call_numbers_are_the_kernels(header, column):
+    try:
+        text = open(f"/usr/include/{header}").read()
+    except FileNotFoundError:
+        pytest.skip("the kernel's headers are not installed")
+    numbers = dict(re.findall(r"#define\s+__NR(?:3264)?_(\w+)\s+(\d+)", text))
+    numbers.setdefault("newfstatat", numbers.get("fstatat"))
+    calls = " ".join([jail.ALLOWED, jail.PRETENDED, jail.ATTRIBUTES] + [call for call, *_ in jail.INSPECTED]).split()
+    for call in calls:
+        name, number = call.split(":")[0], call.split(":")[column]
+        assert number == numbers.get(name, "-"), call
+
 
 @pytest.mark.skipif(not LINUX, reason="landlock or chroot, and seccomp")
 def test_a_safe_machine_says_so_in_one_line(picture):

@@ -275,11 +275,10 @@ def prepare(jail: Jail, job: int, output: int, result: int, alive: int) -> bytes
     """Put the input image into the scratch directory, let go of everything else; the program's source."""
     os.setsid()
     os.chdir(os.path.join(jail.base, "run"))
-    with open(job, "rb", closefd=False) as file:
+    with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb", buffering=0) as image:
         file.seek(0)
         source = file.read(struct.unpack("<I", file.read(4))[0])
-        with open(INPUT, "wb") as image:
-            shutil.copyfileobj(file, image, 1 << 16)    # one small buffer, see STRIP
+        shutil.copyfileobj(file, image, 1 << 16)    # one small buffer, see STRIP
     os.dup2(output, 1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(0, 2)

@@ -59,6 +59,10 @@ import jail
 
 OUTPUT_CHARACTERS = 2000        # of what a program printed, its beginning and its end
 ERROR_CHARACTERS = 500
+# All memory of a worker on one heap of huge pages: after a fork every page costs a fault at its first use, and this
+# makes an image program a quarter faster (glibc only, ignored elsewhere).
+ONE_HEAP = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:"
+                                                        "glibc.malloc.top_pad=8388608"}
 
 
 # --- The parser ------------------------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         # Nothing of the trainer's environment; one thread for BLAS; the same order of sets and dicts in every worker.
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0", "HOME": ".",
-                       "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+                       "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **ONE_HEAP}
         if "LD_LIBRARY_PATH" in os.environ:         # without it some installations of Python do not start
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         with theirs:

@@ -230,9 +230,9 @@ LAYERS = {"limits": limit_resources, "no new privileges": no_new_privileges, "la
           "no capabilities": drop_capabilities, "parent death": die_with_zygote, "seccomp": seccomp}
 
 
-def lock(jail: Jail) -> None:
-    """Put up the walls, in order, round this process; OSError if one fails (then the program must not run)."""
-    for name in jail.layers:
+def lock(jail: Jail, *names: str) -> None:
+    """Put up these walls round this process; OSError if one fails (then the program must not run)."""
+    for name in names:
         LAYERS[name](jail)
 
 
@@ -249,41 +249,50 @@ def preload(jail: Jail) -> None:
         importlib.import_module("cv2").setNumThreads(0)     # the jail allows one thread
 
 
-def child(jail: Jail, job: int, output: int, result: int, alive: int) -> None:
-    """The life of one program, from an unlocked fork to the end of the process.  Does not return.
+def child(jail: Jail, trainer: socket.socket, alive: int) -> None:
+    """The life of one program, from the fork to the end of the process.  Does not return.
 
-    job: file with the program and the input image; output: becomes standard output; result: see HEADER;
-    alive: a pipe that the zygote sees closing when this process is gone.
+    The child is started ahead of its job: it puts up its walls while it waits for the trainer's message, except the
+    last, which would not let it receive one.  alive: a pipe; the zygote reads there that the job has come, and sees it
+    closing when this process is gone.
     """
     status = 1
     try:
+        error, late = "", [name for name in jail.layers if name == "seccomp"]
         try:
-            source = prepare(jail, job, output, result, alive)
-            lock(jail)
-        except OSError as problem:      # a full disk, or a wall that did not go up
-            error = f"the sandbox could not start the program ({problem})"
-        else:
-            error = run_program(source)
-        image, error = (None, error) if error else read_output()
-        write_result(result, image, error)
+            os.setsid()
+            os.chdir(os.path.join(jail.base, "run"))
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            os.dup2(0, 2)
+            lock(jail, *[name for name in jail.layers if name not in late])
+            seed_everything()
+        except OSError as problem:
+            error = f"the sandbox could not be locked ({problem})"
+        message, files, _, _ = socket.recv_fds(trainer, 1, 3)
+        if message:
+            os.write(alive, message)
+            job, output, result = files
+            image, error = play(jail, error, late, job, output, result, alive)
+            write_result(result, image, error)
         status = 0
     finally:
         os._exit(status)        # no atexit, no destructor, no way back into the zygote's loop
 
 
-def prepare(jail: Jail, job: int, output: int, result: int, alive: int) -> bytes:
-    """Put the input image into the scratch directory, let go of everything else; the program's source."""
-    os.setsid()
-    os.chdir(os.path.join(jail.base, "run"))
-    with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb", buffering=0) as image:
-        file.seek(0)
-        source = file.read(struct.unpack("<I", file.read(4))[0])
-        shutil.copyfileobj(file, image, 1 << 16)    # one small buffer, see STRIP
+def play(jail: Jail, error: str, late: list[str], job: int, output: int, result: int, alive: int) -> tuple:
+    """Run the job: (image, error).  job: the program and the input image; output: what it prints; result: see HEADER."""
     os.dup2(output, 1)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(0, 2)
-    close_all_but_standard_and(result, alive)
-    return source
+    try:
+        with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb", buffering=0) as image:
+            file.seek(0)
+            source = file.read(struct.unpack("<I", file.read(4))[0])
+            shutil.copyfileobj(file, image, 1 << 16)    # one small buffer, see STRIP
+        close_all_but_standard_and(result, alive)       # the trainer's socket above all
+        lock(jail, *late)
+    except OSError as problem:                          # a full disk
+        error = error or f"the sandbox could not start the program ({problem})"
+    error = error or run_program(source)
+    return (None, error) if error else read_output()
 
 
 def close_all_but_standard_and(*kept: int) -> None:
@@ -297,7 +306,6 @@ def run_program(source: bytes) -> str:
     """Run the program as `__main__`; return what went wrong in one line, or an empty string."""
     stdout = sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
     sys.argv = ["program.py"]
-    seed_everything()
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     error = ""
     try:
@@ -416,7 +424,7 @@ def escapes(jail: Jail) -> list[str]:
 
     def trial() -> int:
         os.chdir(scratch)
-        lock(jail)
+        lock(jail, *jail.layers)
         worked = 0
         for bit, attempt in enumerate(attempts.values()):
             with suppress(OSError):
@@ -429,34 +437,37 @@ def escapes(jail: Jail) -> list[str]:
     return [name for bit, name in enumerate(attempts) if worked >> bit & 1]
 
 
-def launch(jail: Jail, *fds: int) -> int:
-    """Start the child on these four files; its process id."""
+def launch(jail: Jail, trainer: socket.socket, alive: int) -> int:
+    """Start the next child; its process id."""
     if jail.fork:
         pid = os.fork()
         if pid == 0:
-            child(jail, *fds)
+            child(jail, trainer, alive)
         return pid
+    fds = trainer.fileno(), alive
     for fd in fds:
         os.set_inheritable(fd, True)
     return os.posix_spawn(sys.executable, [sys.executable, "-s", "-B", __file__, "child", json.dumps(vars(jail)),
                                            *map(str, fds)], os.environ)
 
 
-def execute(jail: Jail, trainer: socket.socket, files: list[int]) -> str:
-    """Run one program in a fresh scratch directory; why it had to be stopped or died, or an empty string."""
+def execute(jail: Jail, trainer: socket.socket) -> str:
+    """One program in a fresh scratch directory; why it had to be stopped or died, or an empty string."""
     scratch = os.path.join(jail.base, "run")
     os.mkdir(scratch, 0o700)        # a left-over would raise, and the trainer would replace this worker
     gone, alive = os.pipe()
-    pid = launch(jail, *files, alive)
-    for fd in (*files, alive):
-        os.close(fd)
-    stopped = watch(jail, trainer, gone, scratch)
-    for kill in (os.killpg, os.kill):       # it may have closed the pipe only; and without seccomp it may have children
-        with suppress(ProcessLookupError, PermissionError):
-            kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.close(gone)
-    wipe(scratch)
+    pid = launch(jail, trainer, alive)
+    os.close(alive)
+    try:
+        stopped = watch(jail, trainer, gone, scratch)
+    finally:
+        for kill in (os.killpg, os.kill):   # it may only have closed the pipe; without seccomp it may have children
+            with suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(gone)
+        os.stat(scratch)        # is it gone?  Then so is this worker; the trainer starts another and tries again
+        wipe(scratch)
     if stopped or code == 0:
         return stopped
     if code < 0:
@@ -467,19 +478,24 @@ def execute(jail: Jail, trainer: socket.socket, files: list[int]) -> str:
 def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str:
     """Wait until the child is gone or has to go; return the reason to stop it, or an empty string."""
     events = select.poll()
-    events.register(gone, 0)            # the pipe's other end closed: the child is gone
-    events.register(trainer, 0)         # likewise the trainer
-    deadline = time.monotonic() + jail.seconds
+    events.register(trainer, 0)                 # no event but the end: the trainer is gone
+    events.register(gone, select.POLLIN)
+    deadline = None                             # until the job has come
     while True:
-        left = deadline - time.monotonic()
-        closed = [fd for fd, _ in events.poll(1000 * max(0.0, min(TICK, left)))]
-        if gone in closed:
+        left = deadline - time.monotonic() if deadline else TICK
+        ready = dict(events.poll(1000 * max(0.0, min(TICK, left))))
+        if trainer.fileno() in ready or os.getppid() != jail.parent:
+            raise ConnectionError("the trainer is gone")
+        if not deadline and ready.get(gone, 0) & select.POLLIN:
+            deadline = time.monotonic() + jail.seconds
+            events.register(gone, 0)            # only its end counts now: a program may write to the pipe
+        elif gone in ready:
+            if not deadline:
+                raise ChildProcessError("a child died before its job came")
             return ""
-        if closed or os.getppid() != jail.parent:
-            return "the trainer is gone"
-        if left <= 0:
+        elif left <= 0:
             return f"the program ran longer than {jail.seconds:g} s"
-        if disk_is_full(scratch):
+        elif deadline and disk_is_full(scratch):
             return f"the program wrote more than {DISK_BYTES >> 20} MB or {DISK_FILES} files"
 
 
@@ -504,25 +520,20 @@ def wipe(directory: str) -> None:
 
 
 def serve(jail: Jail, trainer: socket.socket) -> None:
-    """Say hello, then run one program per message until the trainer is gone."""
-    def say(reply: dict) -> None:
+    """Say hello, then answer for one child after the other; the children read the trainer's messages."""
+    hello = {"base": jail.base, "layers": jail.layers, "escapes": escapes(jail)}
+    trainer.sendall(json.dumps(hello).encode() + b"\n")
+    while True:
+        reply = {"error": execute(jail, trainer)}
         trainer.sendall(json.dumps(reply).encode() + b"\n")
-
-    say({"base": jail.base, "layers": jail.layers, "escapes": escapes(jail)})
-    while os.getppid() == jail.parent:
-        if select.select([trainer], [], [], 1.0)[0]:
-            message, files, _, _ = socket.recv_fds(trainer, 1, 3)
-            if not message:
-                break
-            say({"error": execute(jail, trainer, files)})
 
 
 def main(role: str, jail: Jail, *fds: int) -> None:
-    if role == "child":
-        preload(jail)
-        child(jail, *fds)
     os.set_inheritable(fds[0], False)
     trainer = socket.socket(fileno=fds[0])
+    if role == "child":
+        preload(jail)
+        child(jail, trainer, fds[1])
     jail.base = tempfile.mkdtemp(prefix="arft-", dir=jail.tmp)
     os.chdir(jail.base)
     try:
@@ -534,8 +545,10 @@ def main(role: str, jail: Jail, *fds: int) -> None:
                 seccomp_program(os.uname().machine)     # likewise made once
         jail.layers = available_layers(jail)
         serve(jail, trainer)
-    except (BrokenPipeError, ConnectionResetError):
+    except ConnectionError:
         pass                            # the trainer is gone; nothing is left to say
+    except OSError as problem:
+        print(f"a sandbox worker gives up and is replaced: {problem}", file=sys.stderr)
     finally:
         wipe(jail.base)
 

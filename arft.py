@@ -103,7 +103,7 @@ class Config:
     clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high (cispo: above clip_high)")
     inner_epochs: int = option(1, "passes over a step's episodes; with 1 (the paper) and 1 minibatch the ratio is 1")
     minibatches: int = option(1, "optimiser steps in each pass")
-    micro_batch: int | None = option(None, "episodes in one forward pass; default: 64 for data/tiny, else 2")
+    micro_batch: int | None = option(None, "episodes in one forward pass; default: 16 for data/tiny, else 2")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; paper: 1")
     flat_groups: str = option("drop", "groups of equal rewards: drop them from the update or keep them (KL only)",
                               ("drop", "keep"))
@@ -120,7 +120,7 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (60, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (1e-4, 1e-6),
-    "micro_batch": (64, 2)}
+    "micro_batch": (16, 2)}
 
 
 def parse_options(arguments: list[str]) -> Config:

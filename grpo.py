@@ -200,7 +200,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
         order = (torch.randperm(len(episodes), generator=generator) if config.minibatches > 1
                  else torch.arange(len(episodes)))
         for rows in order.chunk(config.minibatches):
-            rows = rows.sort().values.tolist()          # neighbours share their prompt's image
+            rows = sorted(rows.tolist(), key=lambda i: len(episodes[i].ids))    # like lengths: little padding
             optimizer.zero_grad(set_to_none=True)
             part, error = _accumulate(policy, reference, [episodes[i] for i in rows], advantages[rows], config)
             if count + skipped == 0:

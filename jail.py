@@ -161,7 +161,8 @@ def die_with_zygote(jail: Jail) -> None:
 
 
 # Calls that image code needs, as name:number on x86_64:number on aarch64 ("-": not there).  What is not here is refused:
-# sockets, processes and threads, signals to others, tracing, links, directories, mounts, shared memory, ...
+# sockets, processes and threads, signals to others, tracing, links, directories, mounts, shared memory, truncate (any
+# file by its name, before landlock version 3), ...
 ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 lseek:8:62 close:3:57
     close_range:436:436 fstat:5:80 stat:4:- lstat:6:- newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48
     getdents64:217:61 readlink:89:- readlinkat:267:78 getcwd:79:17 dup:32:23 dup2:33:- dup3:292:24 pipe:22:-
@@ -173,7 +174,7 @@ ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite6
     getrusage:98:165 gettimeofday:96:169 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
     nanosleep:35:101 time:201:- getrandom:318:278 sched_yield:24:124 sched_getaffinity:204:123 getcpu:309:168
     poll:7:- ppoll:271:73 select:23:- pselect6:270:72 alarm:37:- setitimer:38:103 getitimer:36:102 pause:34:-
-    unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276 ftruncate:77:46 truncate:76:45
+    unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276 ftruncate:77:46
     fsync:74:82 fdatasync:75:83 copy_file_range:326:285 sendfile:40:71 umask:95:166 getrlimit:97:163
     exit:60:93 exit_group:231:94"""
 # Answers that keep honest programs alive: shutil.copy may think that it changed modes and times, files have no

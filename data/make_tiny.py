@@ -3,7 +3,7 @@
 What it teaches: the cold start that reinforcement learning needs. The model is drawn
 at random, learns to read signs, then imitates a *careless* demonstrator on MAT-mini's
 training texts: right tags, runnable and varied programs that do what was stated, and
-mostly wrong diagnoses. He says "none" most often, states the truth now and then, and
+mostly wrong diagnoses, and now and then a slip in the program. He says "none" most often, states the truth now and then, and
 otherwise anything. So the likeliest diagnosis is wrong, yet the right one is in reach:
 that is what GRPO amplifies. Demonstrations never teach to read an unreadable image:
 where the stated repair does not restore the sign, the answer's digits have no weight.
@@ -42,6 +42,12 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>")
 TRUTH, NONE = 0.35, 0.40                       # how often the demonstrator states the truth, and "none"
+CARELESS = 0.2                                 # how often his program is one of these, or cuts out another box
+SLIPS = {"rotation90": ("image = image.rotate(90)",), "rotation180": ("image = image.rotate(90)",),
+         "dark": ("image = image.point(lambda v: v * 2)", "image = ImageEnhance.Brightness(image).enhance(2)"),
+         "overexposure": ("image = image.point(lambda v: 255 - (255 - v) * 2)",),
+         "blur": ("image = image.filter(ImageFilter.UnsharpMask(2, 50, 0))",),
+         "noise": ("image = image.filter(ImageFilter.MinFilter(3))", "image = image.filter(ImageFilter.RankFilter(5, 9))")}
 THOUGHTS = {
     "problem": ("Look at it first.", "What is wrong here?", "I check the image.", "How does it look?"),
     "code": ("This should help.", "I repair it.", "A short program does it."),
@@ -85,7 +91,7 @@ def _corpus():
         for problems in PROBLEMS:
             sample = mini.make_sample(problems, mini.texts("train"), rng)
             yield SYSTEM + "\n" + sample["question"]
-            for kind, body in _turn_bodies(problems, sample, rng):
+            for kind, body in _turn_bodies(problems, sample, rng, careless=rng.random() < CARELESS):
                 yield turn_text(kind, body, rng)
     for reply in (rollout.REPLY_PROBLEM, rollout.REPLY_NONE, rollout.REPLY_IMAGE, rollout.REPLY_FAILED,
                   rollout.REPLY_MALFORMED, rollout.REPLY_NO_SEARCH, "system\n", "user\n", "assistant\n"):
@@ -129,10 +135,11 @@ def turn_text(kind: str, body: str, rng) -> str:
     return f"<think>{rng.choice(THOUGHTS[kind])}</think>\n<{kind}>{body}</{kind}>"
 
 
-def _turn_bodies(stated: tuple[str, ...], sample: dict, rng) -> list[tuple[str, str]]:
+def _turn_bodies(stated: tuple[str, ...], sample: dict, rng, careless: bool) -> list[tuple[str, str]]:
     bodies = [("problem", "{" + ", ".join(f"'{p}'" for p in stated) + "}")]
     if stated != ("none",):
-        bodies.append(("code", f"\n```python\n{mini.program(stated, sample['box'], rng)}\n```\n"))
+        box, repairs = (mini.BOXES[rng.integers(4)], SLIPS) if careless else (sample["box"], mini.REPAIRS)
+        bodies.append(("code", f"\n```python\n{mini.program(stated, box, rng, repairs)}\n```\n"))
     return bodies + [("answer", sample["answer"])]
 
 
@@ -173,8 +180,9 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
     image = policy.image_input(view)
     episode, weights = Episode(Sample("", sample["question"], (sample["answer"],), None)), []
     _grow(policy, episode, weights, policy.prompt_ids(sample["question"], [image]), 0.0, [image])
-    readable = stated == truth
-    for kind, body in _turn_bodies(stated, sample, rng):
+    careless = rng.random() < CARELESS and stated != ("none",)
+    readable = stated == truth and not careless
+    for kind, body in _turn_bodies(stated, sample, rng, careless):
         text = turn_text(kind, body, rng)
         ids = [*policy.text_ids(text), policy.im_end]
         _grow(policy, episode, weights, ids, 0.0 if read_only else 1.0)
@@ -187,7 +195,7 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
             reply, images = (rollout.REPLY_NONE if stated == ("none",) else rollout.REPLY_PROBLEM), []
             _grow(policy, episode, weights, policy.observation_ids(reply, images), 0.0, images)
         else:
-            view = run_trusted(mini.program(stated, sample["box"], rng), view)
+            view = run_trusted(body.split("```")[1].removeprefix("python\n").rstrip("\n"), view)
             images = [policy.image_input(view)]
             _grow(policy, episode, weights, policy.observation_ids(rollout.REPLY_IMAGE, images), 0.0, images)
     return episode, weights
@@ -297,7 +305,7 @@ def read_em(policy: Policy, images: list[Image.Image], answers: list[str]) -> fl
     return float(np.mean([w == a for w, a in zip(written, answers)]))
 
 
-def measure(policy: Policy, count: int = 100) -> str:
+def measure(policy: Policy, count: int = 50) -> str:
     """The table raw / rightly repaired / wrongly repaired, on held-out texts, as Markdown."""
     rng = np.random.default_rng(7)
     lines = ["| problem | raw | right repair | best wrong repair | which |", "|---|---|---|---|---|"]
@@ -311,7 +319,8 @@ def measure(policy: Policy, count: int = 100) -> str:
                      run_trusted(mini.program(stated, box, rng), s["shown"]) for s, box in zip(samples, boxes)]
             scores["+".join(stated)] = read_em(policy, views, answers)
         name = "+".join(truth)
-        wrong = max((k for k in scores if k not in (name, "none")), key=scores.get)
+        # wrong: leaves out a part of the right repair (one that adds a part, such as sharpening, is no mistake here)
+        wrong = max((k for k in scores if k != "none" and not set(truth) <= set(k.split("+"))), key=scores.get)
         lines.append(f"| {name} | {scores['none']:.2f} | {scores[name]:.2f} | {scores[wrong]:.2f} | {wrong} |")
     return "\n".join(lines)
 

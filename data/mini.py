@@ -83,8 +83,9 @@ def draw_board(signs: list[Image.Image]) -> Image.Image:
 def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.Image:
     """One of MAT's distortions. `rotation90` is stored counter-clockwise, as in MAT.
 
-    dark and overexposure squeeze the values without clipping and blur is moderate,
-    so that code can undo all three; noise turns most pixels white.
+    dark and overexposure squeeze the values without clipping and blur is moderate, so that
+    code can undo all three; overexposure squeezes more, or else sharpening would undo it, too.
+    noise turns most pixels white.
     """
     if problem == "rotation90":
         return image.transpose(Image.Transpose.ROTATE_90)
@@ -93,7 +94,7 @@ def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.
     if problem == "dark":
         return image.point(lambda v: v // 6)
     if problem == "overexposure":
-        return image.point(lambda v: 255 - (255 - v) // 6)
+        return image.point(lambda v: 255 - (255 - v) // 14)
     if problem == "blur":
         return image.filter(ImageFilter.GaussianBlur(7))
     if problem == "noise":
@@ -107,7 +108,7 @@ def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.
 
 # --- the programs that repair ----------------------------------------------------------------------
 
-# One line a variant. Every variant of a problem restores the number; no variant of another does.
+# One line a variant. Every variant restores what its problem hid; data/tiny/README.md has the measured table.
 REPAIRS = {
     "rotation90": ("image = image.rotate(-90)",
                    "image = image.transpose(Image.Transpose.ROTATE_270)"),
@@ -115,16 +116,17 @@ REPAIRS = {
                     "image = image.transpose(Image.Transpose.ROTATE_180)"),
     "dark": ("image = image.point(lambda v: v * 6)",
              "image = ImageEnhance.Brightness(image).enhance(6)"),
-    "overexposure": ("image = image.point(lambda v: 255 - (255 - v) * 6)",
-                     "image = ImageOps.invert(ImageOps.invert(image).point(lambda v: v * 6))"),
-    "blur": ("image = image.filter(ImageFilter.UnsharpMask(7, 900, 0))",
-             "image = image.filter(ImageFilter.UnsharpMask(7, 800, 0))"),
+    "overexposure": ("image = image.point(lambda v: 255 - (255 - v) * 14)",
+                     "image = ImageOps.invert(ImageOps.invert(image).point(lambda v: v * 14))"),
+    "blur": ("image = image.filter(ImageFilter.UnsharpMask(7, 400, 0))",
+             "image = image.filter(ImageFilter.UnsharpMask(7, 500, 0))"),
     "noise": ("image = image.filter(ImageFilter.MinFilter(5))",
               "image = image.filter(ImageFilter.RankFilter(5, 0))"),
 }
 
 
-def program(problems: tuple[str, ...], box: tuple[int, ...] | None, rng: np.random.Generator) -> str:
+def program(problems: tuple[str, ...], box: tuple[int, ...] | None, rng: np.random.Generator,
+            repairs: dict = REPAIRS) -> str:
     """A program that repairs `problems`, in one of several wordings.
 
     `box` (x1, y1, x2, y2 in thousandths of the sides) is what "crop" cuts out.
@@ -142,7 +144,7 @@ def program(problems: tuple[str, ...], box: tuple[int, ...] | None, rng: np.rand
             lines += ["w, h = image.size",
                       f"image = image.crop(({x1} * w // 1000, {y1} * h // 1000, {x2} * w // 1000, {y2} * h // 1000))"]
         elif problem != "none":
-            lines.append(str(rng.choice(REPAIRS[problem])))
+            lines.append(str(rng.choice(repairs[problem])))
     helpers = [name for name in ("ImageEnhance", "ImageFilter", "ImageOps") if name + "." in "".join(lines)]
     return "\n".join(["from PIL import " + ", ".join(["Image"] + helpers),
                       "image = Image.open('path_to_input_image.jpg')", *lines,

@@ -167,7 +167,7 @@ ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite6
     close_range:436:436 fstat:5:80 stat:4:- lstat:6:- newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48
     getdents64:217:61 readlink:89:- readlinkat:267:78 getcwd:79:17 dup:32:23 dup2:33:- dup3:292:24 pipe:22:-
     pipe2:293:59 mmap:9:222 munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227
-    mincore:27:232 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
+    rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
     sigaltstack:131:132 futex:202:98 restart_syscall:219:128 getpid:39:172 getppid:110:173 gettid:186:178
     getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177 getresuid:118:148 getresgid:120:150
     getgroups:115:158 getpgrp:111:- getpgid:121:155 getsid:124:156 uname:63:160 sysinfo:99:179 times:100:153

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import grpo
 from data import mat, mini
-from policy import Policy, PolicyError, load
+from policy import Policy, PolicyError, check_name, load
 from rewards import episode_reward, summarize
 from rollout import Clock, Episode, Limits, rollout
 from tools import Sandbox
@@ -68,6 +68,8 @@ class Config:
     data: str | None = option(None, "MAT folder; default: MAT-mini for data/tiny, else " + HUB_DATA + " from the hub")
     out: str | None = option(None, "run folder, must not exist; default: runs/<task>-<date>-<time>")
     device: str | None = option(None, "cpu or cuda; default: cuda where there is one")
+    threads: int | None = option(None, "of the CPU; 0: torch's own choice; default: 1 for data/tiny (steady beside "
+                                       "other programs), else 0")
     seed: int = option(0, "of data order and sampling; the same seed gives the same run (CPU)")
     steps: int | None = option(None, "training steps; default: 60 for data/tiny, else 1400 (the paper's checkpoint)")
     eval_only: bool = option(False, "evaluate and stop")
@@ -95,6 +97,7 @@ class Config:
     answer_metric: str = option("f1", "what the answer is scored by; paper: f1", ("f1", "em"))
     # the update
     lr: float | None = option(None, "learning rate of AdamW; default: 1e-4 for data/tiny, else 1e-6 (the paper)")
+    vision: str = option("frozen", "the vision tower: frozen or trained", ("frozen", "trained"))
     warmup: int = option(5, "steps until the full learning rate")
     beta: float = option(0.04, "weight of the KL term; 0: no reference model; paper: 0.04")
     loss_type: str = option("grpo", "how tokens are weighed; paper: grpo", grpo.LOSS_TYPES)
@@ -120,7 +123,7 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (60, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (1e-4, 1e-6),
-    "micro_batch": (16, 2)}
+    "micro_batch": (16, 2), "threads": (1, 0)}
 
 
 def parse_options(arguments: list[str]) -> Config:
@@ -142,7 +145,7 @@ def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
-             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0}
+             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -152,6 +155,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+    if config.model:
+        check_name(config.model)
     if config.out and Path(config.out).exists():
         raise UsageError(f"--out {config.out} exists; nothing was overwritten. Name a new folder or remove it")
     if config.device not in (None, "cpu") and not (config.device.startswith("cuda") and torch.cuda.is_available()):
@@ -160,40 +165,51 @@ def check(config: Config) -> None:
 
 def complete(config: Config) -> list[str]:
     """Fills in what was left open. Returns what was chosen and why, one line each."""
-    said = []
+    why = {name: f"--{name}" for name in ("device", "model", "data")}
     if config.device is None:
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
-        said.append(f"device: {config.device} ({'found' if config.device == 'cuda' else 'no CUDA here'}; --device)")
-    if config.model is None and config.data is None and config.device == "cuda" and config.task == "mat-coding":
-        said += choose_from_hub(config)
+        config.device, why["device"] = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA here")
+    if config.model is None and config.data is None and config.device != "cpu" and config.task.startswith("mat-"):
+        try:
+            config.model, config.data = fetch(HUB_MODEL, "model"), fetch(HUB_DATA, "dataset")
+            why["model"], why["data"] = f"{HUB_MODEL} from the hub; --model {TINY} for the small one", HUB_DATA
+        except UsageError as error:
+            config.model, why["model"] = str(TINY), f"the embedded checkpoint, because: {error}"
     if config.model is None:
-        config.model = str(TINY)
-        said.append("model:  data/tiny, the embedded checkpoint (--model DIR or hub name for another)")
-    embedded = Path(config.model).resolve() == TINY.resolve() or (Path(config.model) / "mini.txt").exists()
-    if config.data is None:
-        if config.task != "mat-coding":
-            raise UsageError(f"--task {config.task} needs --data FOLDER (a MAT folder, or FlashRAG files)")
+        config.model, why["model"] = str(TINY), "the embedded checkpoint; --model DIR or hub name for another"
+    small = is_small(config.model)
+    if config.data is None and small and config.task == "mat-coding":
         config.data = str(mini.ensure(HERE / "data" / "cache"))
-        said.append("data:   MAT-mini, drawn by data/mini.py (--data FOLDER for a MAT folder)")
-    for name, (tiny, real) in DEFAULTS.items():
+        why["data"] = "MAT-mini, drawn by data/mini.py; --data DIR for a MAT folder"
+    elif config.data is None and config.task.startswith("mat-"):
+        config.data, why["data"] = fetch(HUB_DATA, "dataset"), f"{HUB_DATA} from the hub"
+    elif config.data is None:
+        raise UsageError(f"--task {config.task} needs --data FOLDER, with FlashRAG's file for it")
+    for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
-            setattr(config, name, tiny if embedded else real)
+            setattr(config, name, for_small if small else for_others)
     if config.out is None:
         config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return said
+    return [f"{name + ':':8}{getattr(config, name)} ({reason})" for name, reason in why.items()]
 
 
-def choose_from_hub(config: Config) -> list[str]:
-    """With CUDA: Qwen2.5-VL-3B and MAT from the hub or its cache, or a line that says why not."""
+def is_small(model: str) -> bool:
+    """Whether `model` is data/tiny or its offspring: the options that are right for it are wrong for 3B."""
+    try:
+        settings = json.loads((Path(model) / "config.json").read_text())
+        return settings.get("text_config", settings)["hidden_size"] < 1024
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False            # a hub name, or a folder that `load` will complain about
+
+
+def fetch(name: str, kind: str) -> str:
+    """The folder of a hub model or data set, from the cache or the network (with its own progress bars)."""
     from huggingface_hub import snapshot_download
     try:
-        model = snapshot_download(HUB_MODEL)
-        data = snapshot_download(HUB_DATA, repo_type="dataset")
-    except Exception as error:      # no network, no disk, no such repository: all mean "not to be had"
-        return [f"hub:    {HUB_MODEL} and {HUB_DATA} are not to be had ({type(error).__name__}); "
-                "running the embedded default instead"]
-    config.model, config.data = model, data
-    return [f"model:  {HUB_MODEL} (--model {TINY} for the small one)", f"data:   {HUB_DATA} from the hub (--data)"]
+        return snapshot_download(name, repo_type=kind)
+    except Exception as error:  # no network, no disk, no such repository: the cure is the same
+        flag = "--data" if kind == "dataset" else "--model"
+        raise UsageError(f"the {kind} {name} is neither in the hub's cache nor to be fetched ({type(error).__name__}); "
+                         f"download it on another machine and name the folder: {flag} DIR") from error
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
@@ -254,8 +270,11 @@ class Trainer:
 
     def __init__(self, policy: Policy, samples: list, tools, config: Config):
         self.policy, self.tools, self.config = policy, tools, config
+        if config.vision == "frozen":
+            policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.steps = 0          # complete steps
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.order = endless(samples, random.Random(config.seed))
@@ -467,7 +486,10 @@ def start(config: Config) -> int:
     """One run, from options to summary."""
     for line in complete(config):
         print(line)
-    transformers.utils.logging.disable_progress_bar()      # ours say what is going on
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if is_small(config.model):
+        transformers.utils.logging.disable_progress_bar()   # loading takes no time
     torch.set_flush_denormal(True)          # denormal numbers slow a long run on the CPU down twofold
     torch.manual_seed(config.seed)
     held_out = mat.load(config.task, config.data, "test")

@@ -18,7 +18,6 @@ Read next: rollout.py. Left out: video; other architectures.
 Dimensions in this file: B rows, T tokens, D hidden size, P image patches, V vocabulary.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,15 +203,20 @@ class Policy:
         (folder / SYSTEM_PROMPT_FILE).write_text(self.system_prompt)
 
 
+def check_name(name: str) -> None:
+    """Raises PolicyError for a folder that is not there. A hub name (owner/model) is left to `load`."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local and not Path(name).is_dir():
+        raise PolicyError(f"model folder {name} does not exist; give a folder with config.json and "
+                          "model.safetensors, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct")
+
+
 def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
     """Loads a Qwen2.5-VL checkpoint from a folder or, by name, from the Hugging Face hub.
 
     Raises PolicyError when the folder is missing or half-written, or the model of another kind.
     """
-    local = Path(name).is_dir()
-    if not local and (os.sep + "." in name or name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise PolicyError(f"model folder {name} does not exist; give a folder with config.json and "
-                          "model.safetensors, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct")
+    check_name(name)
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
@@ -232,5 +236,5 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
         raise PolicyError(f"the model {name} lacks {len(info['missing_keys'])} tensors "
                           f"(first: {sorted(info['missing_keys'])[0]}); the folder is half-written, copy it again")
     prompt_file = Path(name) / SYSTEM_PROMPT_FILE
-    system_prompt = prompt_file.read_text() if local and prompt_file.exists() else SYSTEM_PROMPT
+    system_prompt = prompt_file.read_text() if prompt_file.exists() else SYSTEM_PROMPT
     return Policy(model.to(device).eval(), tokenizer, image_processor, system_prompt)

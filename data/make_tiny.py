@@ -34,6 +34,7 @@ from data.mat import Sample
 from grpo import collate
 from policy import Policy, load
 from rollout import Episode
+from tools import parse
 
 HOME = Path(__file__).parent / "tiny"
 VIEW = 56                                      # the model sees every image at about 56 x 56: 16 patches, 4 tokens
@@ -54,6 +55,11 @@ THOUGHTS = {
     "answer": ("Now I read it.", "I see the number.", "This is what it says."),
 }
 PROBLEMS = [(p,) for p in (*mini.SINGLES, "crop")] + list(mini.DOUBLES)
+DRAWN = [*PROBLEMS, ("crop",), ("crop",)]      # crops come more often: copying a box takes practice
+DIAGNOSIS_ONLY = 0.35                          # demonstrations that stop after the diagnosis, which is what is hard
+BOTCHED = 0.06                                 # how often a turn is first botched (weight 0), then done properly
+FAILURES = (("image = imge.rotate(90)", "NameError: name 'imge' is not defined (line 3)"),
+            ("image = image.turn(180)", "AttributeError: 'Image' object has no attribute 'turn' (line 3)"))
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
@@ -94,7 +100,7 @@ def _corpus():
             for kind, body in _turn_bodies(problems, sample, rng, careless=rng.random() < CARELESS):
                 yield turn_text(kind, body, rng)
     for reply in (rollout.REPLY_PROBLEM, rollout.REPLY_NONE, rollout.REPLY_IMAGE, rollout.REPLY_FAILED,
-                  rollout.REPLY_MALFORMED, rollout.REPLY_NO_SEARCH, "system\n", "user\n", "assistant\n"):
+                  rollout.REPLY_MALFORMED.format(error=parse("<answer>1").error), *(e for _, e in FAILURES), rollout.REPLY_NO_SEARCH, "system\n", "user\n", "assistant\n"):
         yield from [reply] * 50
 
 
@@ -168,7 +174,7 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
     read_only: the image is whole already or was rightly repaired, "none" is stated, and only the
     digits count: this teaches reading and nothing about diagnosis.
     """
-    truth = PROBLEMS[rng.integers(len(PROBLEMS))]
+    truth = DRAWN[rng.integers(len(DRAWN))]
     sample = mini.make_sample(truth, mini.texts("train"), rng)
     view = sample["shown"]
     if read_only:
@@ -183,15 +189,16 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
     careless = rng.random() < CARELESS and stated != ("none",)
     readable = stated == truth and not careless
     for kind, body in _turn_bodies(stated, sample, rng, careless):
-        text = turn_text(kind, body, rng)
-        ids = [*policy.text_ids(text), policy.im_end]
+        if rng.random() < BOTCHED and not read_only:
+            _botch(policy, episode, weights, kind, body, rng)
+        ids = [*policy.text_ids(turn_text(kind, body, rng)), policy.im_end]
         _grow(policy, episode, weights, ids, 0.0 if read_only else 1.0)
         if kind == "answer":        # the digits: the ids before "</answer>" and the end of the turn
             for k in range(len(body)):
                 weights[-3 - k] = 4.0 if readable else 0.0
         elif kind == "problem":
-            if not read_only and rng.random() < 0.5:
-                break               # half of the demonstrations are the diagnosis alone: it is what is hard
+            if not read_only and rng.random() < DIAGNOSIS_ONLY:
+                break
             reply, images = (rollout.REPLY_NONE if stated == ("none",) else rollout.REPLY_PROBLEM), []
             _grow(policy, episode, weights, policy.observation_ids(reply, images), 0.0, images)
         else:
@@ -199,6 +206,20 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
             images = [policy.image_input(view)]
             _grow(policy, episode, weights, policy.observation_ids(rollout.REPLY_IMAGE, images), 0.0, images)
     return episode, weights
+
+
+def _botch(policy, episode, weights, kind, body, rng) -> None:
+    """A turn that goes wrong and what comes back, so that the model has seen both; it is not taught to write it."""
+    if kind == "code" and rng.random() < 0.5:
+        line, error = FAILURES[rng.integers(len(FAILURES))]
+        lines = body.split("\n")
+        text = turn_text(kind, "\n".join([*lines[:4], line, *lines[-3:]]), rng)
+        reply = rollout.REPLY_FAILED.format(error=error)
+    else:
+        text = turn_text(kind, body, rng).removesuffix(f"</{kind}>")
+        reply = rollout.REPLY_MALFORMED.format(error=parse(text).error)
+    _grow(policy, episode, weights, [*policy.text_ids(text), policy.im_end], 0.0)
+    _grow(policy, episode, weights, policy.observation_ids(reply, []), 0.0)
 
 
 def _grow(policy, episode, weights, ids, weight, images=()):
@@ -330,7 +351,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="only measure the checkpoint that is there")
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--read-steps", type=int, default=200)
-    parser.add_argument("--trace-steps", type=int, default=450)
+    parser.add_argument("--trace-steps", type=int, default=550)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_flush_denormal(True)      # denormal numbers slow a long run on the CPU down twofold

@@ -1,0 +1,191 @@
+"""The program: options, whole runs, what a run leaves behind, and input that is not right."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import arft
+from arft import Config, UsageError, main, parse_options
+from conftest import ROOT
+from policy import load
+
+MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
+SHORT = ["--steps", "2", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "6", "--max-turns", "3"]
+
+
+def run(tmp_path, *arguments, name="run"):
+    out = tmp_path / name
+    return main(["--task", "mat-coding", "--out", str(out), *arguments]), out
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- options --------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_an_option_with_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')} " in said
+        assert len(field.metadata["help"]) > 10
+
+
+def test_values_reach_the_config_with_their_type():
+    config = parse_options(["--lr", "3e-4", "--steps", "7", "--eval-only", "--loss-type", "dapo"])
+    assert (config.lr, config.steps, config.eval_only, config.loss_type) == (3e-4, 7, True, "dapo")
+    assert parse_options([]) == Config()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--task", "mat-cooking"], "mat-cooking"), (["--learning-rate", "1"], "--learning-rate"),
+    (["--step", "1"], "--step"), (["--lr", "fast"], "fast")])
+def test_unknown_flags_and_values_end_with_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--steps", "-1"], "--steps -1: must be at least 0"),
+    (["--group-size", "1"], "compares the episodes of a group"),
+    (["--temperature", "0"], "--temperature 0.0: must be a positive number"),
+    (["--lr", "nan"], "must be a positive number"),
+    (["--device", "cuda:7"], "--device cpu"),
+    (["--model", "no/such/folder"], "does not exist"),
+    (["--data", "{tmp}/nothing"], "nothing"),
+    (["--out", "{tmp}"], "exists; nothing was overwritten"),
+    (["--task", "hotpotqa"], "needs --data"),
+])
+def test_bad_input_is_one_or_two_lines_and_code_2(arguments, message, tmp_path, capsys):
+    arguments = [a.format(tmp=tmp_path) for a in arguments]
+    arguments += [] if "--out" in arguments else ["--out", str(tmp_path / "new")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") <= 2 and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows_and_images_name_file_and_field(tmp_path, capsys):
+    folder = tmp_path / "MAT" / "MAT-Benchmark"
+    (folder / "MAT-Coding-image").mkdir(parents=True)
+    row = {"id": 1, "question": "?", "answers": ["1"], "ori_image_path": "a.png", "processed_image_path": "a.png",
+           "type": ["dark"], "split": "simple"}
+    (folder / "MAT-Coding-image" / "a.png").write_bytes(b"no image")
+    for rows, message in (([{k: v for k, v in row.items() if k != "question"}], "question"), ([row], "a.png")):
+        (folder / "MAT-Coding.json").write_text(json.dumps(rows))
+        code, out = run(tmp_path, "--eval-only", "--data", str(tmp_path / "MAT"))
+        assert code == 2 and message in capsys.readouterr().err
+        if out.exists():
+            assert not (out / "summary.json").exists()
+            out.rename(tmp_path / "old")
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
+    code, out = run(tmp_path, *SHORT, "--eval-every", "1", "--inner-epochs", "2", "--minibatches", "2")
+    assert code == 0
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "episodes.jsonl", "predictions-before.json", "predictions-after.json",
+        "summary.json", "report.html", "checkpoint", "model", "images"}
+    metrics = lines(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2]
+    assert set(metrics[0]) >= {
+        "reward_mean", "reward_std", "answer", "format", "problem", "em", "group_std", "zero_variance", "kl", "ratio",
+        "clip_fraction", "entropy", "grad_norm", "tool_calls", "tool_failures", "turns", "tokens", "logp_error",
+        "seconds_by_phase", "tokens_per_second", "lr"}
+    assert set(metrics[0]["seconds_by_phase"]) == {"vision", "prefill", "decode", "tools", "update"}
+    assert all(m["logp_error"] < 1e-4 for m in metrics), "what was sampled is not what is scored"
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) >= {"before", "after", "steps", "seconds", "seconds_by_phase"} and summary["steps"] == 2
+    assert set(summary["before"]) >= {"n", "em", "f1", "em_ci95", "f1_ci95", "splits", "sampled"}
+    predictions = json.loads((out / "predictions-after.json").read_text())
+    assert len(predictions) == 6 and set(predictions[0]) >= {"id", "gt", "pred_answer"}
+    episodes = lines(out / "episodes.jsonl")
+    assert len(episodes) == 6 + 8 + 8 + 6
+    named = [t["image"] for e in episodes for t in e["turns"] if t["image"]]
+    assert named and all((out / name).exists() for name in named)
+    said = capsys.readouterr().out
+    assert "no CUDA here" in said or torch.cuda.is_available()
+    assert all(len(line) <= 100 for line in said.splitlines() if line.startswith("step"))
+    assert load(str(out / "model")).system_prompt == load(str(ROOT / "data" / "tiny")).system_prompt
+
+
+def test_the_same_command_gives_the_same_run(tmp_path):
+    outs = [run(tmp_path, *SHORT, name=name)[1] for name in ("a", "b")]
+    drop = ("seconds", "seconds_by_phase", "tokens_per_second")
+    first, second = ([{k: v for k, v in m.items() if k not in drop} for m in lines(out / "metrics.jsonl")] for out in outs)
+    assert first == second
+    weights = [load(str(out / "model")).model.state_dict() for out in outs]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_training_changes_the_weights_and_evaluation_does_not(tmp_path):
+    _, out = run(tmp_path, "--eval-only", "--eval-samples", "4")
+    assert not (out / "model").exists() and not (out / "metrics.jsonl").exists()
+    _, out = run(tmp_path, *SHORT, "--lr", "1e-3", name="trained")
+    start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+
+
+def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_path, monkeypatch, capsys):
+    true = arft.episode_reward
+    monkeypatch.setattr(arft, "episode_reward", lambda e, **k: dataclasses.replace(true(e, **k), total=float("nan")))
+    code, _ = run(tmp_path, *SHORT)
+    assert code == 2 and "sample " in capsys.readouterr().err
+
+
+def test_model_text_in_the_report_is_escaped(tmp_path):
+    config = Config(out=str(tmp_path / "run"), model="<script>alert(1)</script>", steps=0)
+    report = arft.Run(config)
+    report.finish(None, config)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;" in page
+
+
+def test_groups_of_equal_rewards_are_dropped_or_kept():
+    totals = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    assert arft.teaching_rows(totals, Config(group_size=2)) == [2, 3]
+    assert arft.teaching_rows(totals, Config(group_size=2, flat_groups="keep")) == [0, 1, 2, 3]
+
+
+def test_ctrl_c_saves_what_was_learned(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "arft.py"), *SHORT, "--steps", "1000", "--out", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["interrupted"] and summary["steps"] == len(lines(out / "metrics.jsonl")) >= 1
+    load(str(out / "model"))
+    assert torch.load(out / "checkpoint" / "training_state.pt", weights_only=True)["step"] == summary["steps"]
+
+
+@pytest.mark.skipif(not MAT_SAMPLE.exists(), reason="the MAT sample is not beside this checkout")
+def test_published_rows_and_photographs_run_to_the_end(tmp_path):
+    code, out = run(tmp_path, "--eval-only", "--model", str(ROOT / "data" / "tiny"), "--data", str(MAT_SAMPLE))
+    assert code == 0
+    predictions = json.loads((out / "predictions-before.json").read_text())
+    assert [p["id"] for p in predictions] == [12, 22, 63, 119]
+    assert predictions[0]["gt"] == ["1 Can (473ml)"]
+
+
+def test_an_option_that_cannot_be_is_a_usage_error():
+    with pytest.raises(UsageError, match="--group-size 1"):
+        arft.check(Config(group_size=1))

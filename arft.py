@@ -40,7 +40,7 @@ from tqdm import tqdm
 import grpo
 from data import mat, mini
 from policy import Policy, PolicyError, check_name, load
-from rewards import episode_reward, summarize
+from rewards import episode_reward, score_answer, summarize
 from rollout import Clock, Episode, Limits, rollout
 from tools import Sandbox
 
@@ -99,6 +99,7 @@ class Config:
     lr: float | None = option(None, "learning rate of AdamW; default: 1e-4 for data/tiny, else 1e-6 (the paper)")
     vision: str = option("frozen", "the vision tower: frozen or trained", ("frozen", "trained"))
     warmup: int = option(5, "steps until the full learning rate")
+    lr_schedule: str = option("linear", "linear falls to zero at the last step; paper: linear", ("linear", "constant"))
     beta: float = option(0.04, "weight of the KL term; 0: no reference model; paper: 0.04")
     loss_type: str = option("grpo", "how tokens are weighed; paper: grpo", grpo.LOSS_TYPES)
     scale: str = option("group", "what advantages are divided by; paper: group", grpo.SCALES)
@@ -225,7 +226,22 @@ def evaluate(policy: Policy, samples, tools, config: Config, temperature: float,
             part = samples[start:start + config.eval_batch]
             episodes += rollout(policy, part, limits=limits, tools=tools, generator=generator, clock=clock)
             bar.update(len(part))
-    return summarize([e.answer for e in episodes], samples, chinese=config.task == "mat-coding"), episodes
+    summary = summarize([e.answer for e in episodes], samples, chinese=config.task == "mat-coding")
+    if any(sample.problems for sample in samples):
+        summary["by_problem"] = em_by_problem(episodes)
+    return summary, episodes
+
+
+def em_by_problem(episodes: list[Episode]) -> dict[str, dict]:
+    """n and exact match for each kind of damage, and for all damaged images together."""
+    right: dict[str, list[float]] = {"damaged": []}
+    for episode in episodes:
+        name = "+".join(episode.sample.problems)
+        _, em = score_answer(episode.answer, episode.sample.golds)
+        right.setdefault(name, []).append(em)
+        if name != "none":
+            right["damaged"].append(em)
+    return {name: {"n": len(ems), "em": float(np.mean(ems))} for name, ems in right.items() if ems}
 
 
 def evaluate_both(policy, samples, tools, config, clock, title):
@@ -279,6 +295,11 @@ class Trainer:
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.order = endless(samples, random.Random(config.seed))
 
+    def rate(self) -> float:
+        """This step's share of the learning rate: up over the warm-up, then down in a line (or not)."""
+        warm = min(1.0, (self.steps + 1) / (self.config.warmup + 1))
+        return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)
+
     def step(self) -> dict:
         """One step of GRPO. Returns what it did: episodes, rewards, advantages, statistics, seconds."""
         config, clock, start = self.config, Clock(), time.perf_counter()
@@ -290,7 +311,7 @@ class Trainer:
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
         rows, stats = teaching_rows(totals, config), {}
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (self.steps + 1) / (config.warmup + 1))
+            group["lr"] = config.lr * self.rate()
         with clock.phase("update"):
             if rows:
                 stats = grpo.update(self.policy, self.reference, [episodes[i] for i in rows], advantages[rows],
@@ -465,6 +486,9 @@ def table(summary: dict) -> str:
             row(f"{when}, greedy", summary[when])
             for split, part in summary[when].get("splits", {}).items():
                 row(f"  {split}", part)
+            if "damaged" in summary[when].get("by_problem", {}):
+                damaged = summary[when]["by_problem"]["damaged"]
+                lines.append(f"{'  damaged images':22}{damaged['n']:5d}  {100 * damaged['em']:6.1f}")
             row(f"{when}, sampled", summary[when]["sampled"])
     return "\n".join(lines)
 

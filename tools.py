@@ -147,7 +147,7 @@ def is_strict(turn: str, spans: dict, kind: str, body: str) -> bool:
         return False
     (think_start, think_end), (start, end) = spans["think"], spans[kind]
     between = turn[think_end + len("</think>"):start - len(f"<{kind}>")]
-    frame = think_start == len("<think>") and think_end < start and end + len(f"</{kind}>") == len(turn)
+    frame = think_start == len("<think>") and end + len(f"</{kind}>") == len(turn)
     shape = {"problem": PAPER_PROBLEM.fullmatch, "code": PAPER_CODE.match}.get(kind, bool)
     return frame and not between.strip() and bool(shape(body))
 

@@ -42,7 +42,7 @@ SYSTEM = "Repair the image, then read it."     # short, because the small model 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>")
-TRUTH, NONE = 0.35, 0.40                       # how often the demonstrator states the truth, and "none"
+TRUTH, NONE = 0.30, 0.50                       # how often the demonstrator states the truth, and "none"
 CARELESS = 0.2                                 # how often his program is one of these, or cuts out another box
 SLIPS = {"rotation90": ("image = image.rotate(90)",), "rotation180": ("image = image.rotate(90)",),
          "dark": ("image = image.point(lambda v: v * 2)", "image = ImageEnhance.Brightness(image).enhance(2)"),

@@ -42,7 +42,7 @@ from data import mat, mini
 from policy import Policy, PolicyError, check_name, load
 from rewards import episode_reward, score_answer, summarize
 from rollout import Clock, Episode, Limits, rollout
-from tools import Sandbox
+from tools import Sandbox, SandboxError
 
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
@@ -501,7 +501,7 @@ def main(arguments: list[str]) -> int:
         config = parse_options(arguments)
         check(config)
         return start(config)
-    except (UsageError, PolicyError, mat.DataError) as error:
+    except (UsageError, PolicyError, SandboxError, mat.DataError) as error:
         print(f"arft.py: {error}", file=sys.stderr)
         return 2
 

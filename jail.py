@@ -47,8 +47,8 @@ from dataclasses import dataclass
 
 INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the paper's names, in the scratch directory
 PIXELS, SIDE = 4096 * 4096, 16384   # the largest output image, and the longest
-FILE_BYTES = 64 << 20               # the largest file, and the most a program can print; holds PIXELS raw RGB pixels
-DISK_BYTES, DISK_FILES = 128 << 20, 1000    # the whole scratch directory, looked at every TICK
+FILE_BYTES = 128 << 20              # the largest file, and the most a program can print; holds PIXELS raw RGB pixels
+DISK_BYTES, DISK_FILES = 256 << 20, 1000    # the whole scratch directory, looked at every TICK
 OPEN_FILES = 32
 TICK = 0.1                          # seconds between two looks of the zygote at the clock and the disk
 STRIP = 32                          # rows of pixels that are handed over at a time
@@ -160,9 +160,9 @@ def die_with_zygote(jail: Jail) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Calls that image code needs, as name:number on x86_64:number on aarch64 ("-": not there).  What is not here is refused:
-# sockets, processes and threads, signals to others, tracing, links, directories, mounts, shared memory, truncate (any
-# file by its name, before landlock version 3), ...
+# Calls that image code needs, as name:number on x86_64:number on aarch64 ("-": not there).  What is not here is
+# refused: sockets, processes and threads, signals to others, tracing, links, directories, mounts, shared memory,
+# truncate (any file by its name, before landlock version 3), ...
 ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 lseek:8:62 close:3:57
     close_range:436:436 fstat:5:80 stat:4:- lstat:6:- newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48
     getdents64:217:61 readlink:89:- readlinkat:267:78 getcwd:79:17 dup:32:23 dup2:33:- dup3:292:24 pipe:22:-
@@ -281,7 +281,7 @@ def child(jail: Jail, trainer: socket.socket, alive: int) -> None:
 
 
 def play(jail: Jail, error: str, late: list[str], job: int, output: int, result: int, alive: int) -> tuple:
-    """Run the job: (image, error).  job: the program and the input image; output: what it prints; result: see HEADER."""
+    """Run the job: (image, error).  job: the program and the input image; output: what it prints."""
     os.dup2(output, 1)
     try:
         with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb", buffering=0) as image:
@@ -400,8 +400,8 @@ def available_layers(jail: Jail) -> list[str]:
     """Try each wall in a fork of its own; chroot only stands in for landlock."""
     layers = []
     for name, layer in LAYERS.items():
-        if name in jail.without or (name == "chroot" and "landlock" in layers):
-            continue
+        if name in jail.without or (name == "chroot" and "landlock" in layers) or not (LINUX or name == "limits"):
+            continue                # elsewhere the same call numbers mean other things
         needs = [no_new_privileges] if "no new privileges" in layers else []
         if in_fork(lambda: [wall(jail) for wall in needs + [layer]] and 0) == 0:
             layers.append(name)
@@ -479,7 +479,7 @@ def execute(jail: Jail, trainer: socket.socket) -> str:
 def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str:
     """Wait until the child is gone or has to go; return the reason to stop it, or an empty string."""
     events = select.poll()
-    events.register(trainer, 0)                 # no event but the end: the trainer is gone
+    events.register(trainer, select.POLLHUP)    # no event but the end: the trainer is gone
     events.register(gone, select.POLLIN)
     deadline = None                             # until the job has come
     while True:
@@ -489,7 +489,7 @@ def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str:
             raise ConnectionError("the trainer is gone")
         if not deadline and ready.get(gone, 0) & select.POLLIN:
             deadline = time.monotonic() + jail.seconds
-            events.register(gone, 0)            # only its end counts now: a program may write to the pipe
+            events.register(gone, select.POLLHUP)   # only its end counts now: a program may write to the pipe
         elif gone in ready:
             if not deadline:
                 raise ChildProcessError("a child died before its job came")

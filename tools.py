@@ -28,7 +28,7 @@ Covered, on Linux with landlock (5.13 or newer) and seccomp, as root or as an or
 Not covered:
 - a fault of the kernel itself, reached through the calls that are left (a virtual machine is the answer to that);
 - whether a path exists and how large it is can be asked (stat), its content not; so can the machine's name and load;
-- files that are open and already removed escape the disk limit: at most 32 of 64 MB until the time is over;
+- files that are open and already removed escape the disk limit: at most 32 of 128 MB until the time is over;
 - other programs slow down: each worker may keep one core busy;
 - without landlock a chroot stands in (then only preloaded modules can be imported); what a machine lacks beyond that
   is said by `Sandbox.describe()`, measured by trying, and `strict=True` refuses to start.  On macOS nothing but
@@ -182,25 +182,27 @@ class Sandbox:
     def __init__(self, workers: int = 2, seconds: float = 10, memory_mb: int = 1024, strict: bool = False, *,
                  without: tuple[str, ...] = ()):
         self.seconds, self.memory_mb, self._closed, self._owner = seconds, memory_mb, False, os.getpid()
-        self._workers = [Worker(seconds, memory_mb, without) for _ in range(workers)]
-        self._idle = queue.SimpleQueue()
+        self._workers, self._idle = [], queue.SimpleQueue()
         try:
-            for worker in self._workers:
-                worker.launch()         # all of them, before the first is waited for
+            for _ in range(workers):    # all are started before the first is waited for
+                self._workers.append(Worker(seconds, memory_mb, without))
+                self._workers[-1].launch()
             for worker in self._workers:
                 worker.greet()
                 self._idle.put(worker)
         except (OSError, ValueError) as problem:
             self.close()
             raise SandboxError(f"a sandbox worker did not start ({problem}); its own message is above") from problem
-        self.layers, self.escapes = self._workers[0].layers, self._workers[0].escapes
+        self.layers = tuple(name for name in jail.LAYERS if all(name in worker.layers for worker in self._workers))
+        self.escapes = tuple(dict.fromkeys(escape for worker in self._workers for escape in worker.escapes))
         if strict and self.escapes:
             self.close()
             raise SandboxError(self.describe() + "; leave out --sandbox strict to run all the same")
 
     def describe(self) -> str:
         """One line: the layers in force and what a program could still do, as tried at the start."""
-        line = f"sandbox: {len(self._workers)} workers, {self.seconds:g} s, {self.memory_mb} MB; {', '.join(self.layers)}"
+        line = f"sandbox: {len(self._workers)} workers, {self.seconds:g} s, {self.memory_mb} MB"
+        line += f"; layers: {', '.join(self.layers)}"
         missing = [name for name in jail.LAYERS if name not in self.layers + ("chroot",)]
         if missing:
             line += f"; missing here: {', '.join(missing)}"
@@ -267,7 +269,7 @@ class Worker:
         sites, readable = library_directories()
         self._settings = {"parent": os.getpid(), "tmp": tempfile.gettempdir(), "sites": sites, "readable": readable,
                           "seconds": seconds, "memory_mb": memory_mb, "without": list(without)}
-        self._process, self._base = None, ""
+        self._process, self._base, self.layers = None, "", None
 
     def launch(self) -> None:
         ours, theirs = socket.socketpair()
@@ -288,7 +290,9 @@ class Worker:
         self._socket.settimeout(60)
         hello = self._reply()
         self._base = hello["base"]
-        self.layers, self.escapes = tuple(hello["layers"]), tuple(hello["escapes"])
+        if self.layers not in (None, hello["layers"]):      # a busy machine must not cost a wall unnoticed
+            raise OSError(f"a new worker has other layers than the first: {hello['layers']}")
+        self.layers, self.escapes = hello["layers"], hello["escapes"]
         self._socket.settimeout(self._settings["seconds"] + 30)     # the zygote is to notice first
 
     def execute(self, code: str, picture: bytes) -> Execution:

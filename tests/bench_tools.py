@@ -95,8 +95,8 @@ def main() -> None:
         os.chdir(directory)
         print(sandbox.describe())
         print("load average", *(f"{load:.2f}" for load in os.getloadavg()), "on", os.cpu_count(), "cores\n")
-        print("| program | sandbox ms | per second, 2 workers | in-process ms | fresh ms | fresh / sandbox | own cost ms |")
-        print("|---|---|---|---|---|---|---|")
+        print("| program | sandbox ms | per second, 2 workers | in-process ms | fresh ms | fresh / sandbox "
+              "| own cost ms |\n|---|---|---|---|---|---|---|")
         for name, code in PROGRAMS.items():
             median, rate = measure(sandbox, code, image, rounds)
             inside, outside, new = (1000 * median[way] for way in ("sandbox", "in-process", "fresh"))

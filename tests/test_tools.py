@@ -203,7 +203,8 @@ def healthy(sandbox, picture) -> bool:
     (["import PIL.ImageOps as ops", "def flip(x): return ops.mirror(turn(x))", "def turn(x): return ops.flip(x)",
       "if __name__ == '__main__':", "    image = flip(image)"], lambda p: ImageOps.mirror(ImageOps.flip(p))),
     (["from dataclasses import dataclass", "@dataclass", "class Box:", "    left: int = 3",
-      "import pickle", "image = image.crop((pickle.loads(pickle.dumps(Box())).left, 0, 9, 9))"], lambda p: p.crop((3, 0, 9, 9))),
+      "import pickle", "image = image.crop((pickle.loads(pickle.dumps(Box())).left, 0, 9, 9))"],
+     lambda p: p.crop((3, 0, 9, 9))),
     (["import tempfile, os", "with tempfile.NamedTemporaryFile(suffix='.png') as file:", "    image.save(file.name)",
       "    image = Image.open(file.name); image.load()"], lambda p: p),
     (["image = image.convert('RGBA').convert('P')"], lambda p: p.convert("RGBA").convert("P")),
@@ -331,8 +332,8 @@ def test_importing_tools_is_light():
 
 SECRET = "the gold answer is 42"
 READING, WRITING = "landlock chroot", "landlock chroot"     # walls that stop it alone, all others left out
-# name: (the walls that stop it alone, landlock from this version on if it has a number, lines); {file}: a file of ours with a secret, {dir}: its directory, {pid}: a
-# process of ours that must live, {port}: a server of ours, {unix}: an abstract socket of ours.
+# name: (the walls that stop it alone, landlock from this version on if it has a number; lines).  {file}: a file of ours
+# with a secret, {dir}: its directory, {pid}: a process of ours, {port}: a server of ours, {unix}: an abstract socket.
 ATTACKS = {
     "read a file": (READING, "open({file!r}).read()"),
     "read it through the C library": (READING, "import ctypes; c = ctypes.CDLL(None)\n"
@@ -353,7 +354,8 @@ ATTACKS = {
     "empty a file by opening it": (WRITING, "import os; os.open({file!r}, os.O_WRONLY | os.O_TRUNC)"),
     "empty a file that is opened for reading": (WRITING + " seccomp",
                                                 "import os; os.open({file!r}, os.O_RDONLY | os.O_TRUNC)"),
-    "empty it with neither reading nor writing": ("landlock3 chroot seccomp", "import os; os.open({file!r}, 3 | os.O_TRUNC)"),
+    "empty it with neither reading nor writing": ("landlock3 chroot seccomp",
+                                                  "import os; os.open({file!r}, 3 | os.O_TRUNC)"),
     "truncate a file": ("landlock3 chroot seccomp", "import os; os.truncate({file!r}, 0)"),
     "remove a file": (WRITING, "import os; os.unlink({file!r})"),
     "rename a file": (WRITING, "import os; os.rename({file!r}, {file!r} + '.bak')"),
@@ -365,7 +367,8 @@ ATTACKS = {
     "connect over TCP": ("landlock4 seccomp", "import socket; socket.create_connection(('127.0.0.1', {port}), 2)"),
     "send a datagram": ("seccomp", "import socket; socket.socket(type=socket.SOCK_DGRAM)"
                         ".sendto(b'x', ('127.0.0.1', {port}))"),
-    "connect to an abstract socket": ("landlock6 seccomp", "import socket; socket.socket(socket.AF_UNIX).connect({unix!r})"),
+    "connect to an abstract socket": ("landlock6 seccomp",
+                                      "import socket; socket.socket(socket.AF_UNIX).connect({unix!r})"),
     "make a pair of sockets": ("seccomp", "import socket; socket.socketpair()"),
     "fork": ("seccomp", "import os\nif os.fork() == 0: os._exit(0)"),
     "run a command": ("seccomp", "import subprocess; subprocess.run(['true'], check=True)"),
@@ -481,7 +484,8 @@ sys.setrecursionlimit(50)
 
 
 def test_nothing_is_left_for_the_next_program(picture):
-    look = "import builtins, gc, os, sys, numpy\nfrom PIL import Image\nprint(os.listdir(), os.environ.get('marked'))\n" \
+    look = "import builtins, gc, os, sys, numpy\nfrom PIL import Image\n" \
+           "print(os.listdir(), os.environ.get('marked'))\n" \
            "print([hasattr(x, 'marked') for x in (numpy, Image, builtins, sys)])\n" \
            "print(sum(type(x) is dict and 'MARK' in map(str, x.values()) for x in gc.get_objects()))"
     with Sandbox(workers=1) as sandbox:
@@ -525,10 +529,10 @@ def test_time_is_limited(hasty, picture, code):
     ("with open('x', 'wb') as file:\n    file.truncate(1 << 40)", "File too large"),
     ("with open('x', 'wb') as file:\n    while True: file.write(bytes(1 << 20))", "File too large"),
     ("import os\nos.closerange(0, 2)\nfiles = [open('x', 'w') for _ in range(100)]", "Too many open files"),
-    ("import time\nfor i in range(150):\n    open(f'{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(100)",
-     "wrote more than 128 MB or 1000 files"),
+    ("import time\nfor i in range(300):\n    open(f'{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(100)",
+     "wrote more than 256 MB or 1000 files"),
     ("import time\nfor i in range(1100): open(f'{i}', 'w').close()\ntime.sleep(100)",
-     "wrote more than 128 MB or 1000 files"),
+     "wrote more than 256 MB or 1000 files"),
     ("print('x' * (1 << 20) * 100)", ""),
     ("while True: print('x' * 1000)", "File too large"),
     ("exec('x = ' + '(' * 10 ** 6)", ""),
@@ -547,10 +551,10 @@ def test_a_limit_is_an_observation(box, picture, code, words):
 
 
 def test_memory_that_a_program_still_holds_does_not_cost_its_image(box, picture):
-    code = program("image = image.resize((3000, 3000))") + "\nheld = []\nimport numpy\ntry:\n    while True: " \
+    code = program("image = image.resize((1500, 1500))") + "\nheld = []\nimport numpy\ntry:\n    while True: " \
         "held.append(numpy.empty(1 << 20, 'uint8'))\nexcept MemoryError: print(len(held) > 500)"
     execution = box.run(code, picture)
-    assert execution.stdout == "True\n" and same(execution, picture.resize((3000, 3000)))
+    assert execution.stdout == "True\n" and same(execution, picture.resize((1500, 1500)))
 
 
 @pytest.mark.skipif(not LINUX, reason="/proc is Linux's")
@@ -656,6 +660,14 @@ def test_a_dead_worker_is_replaced(picture):
         assert sandbox._workers[0]._process is not process
 
 
+def test_a_worker_that_comes_back_with_fewer_walls_is_refused(picture, monkeypatch):
+    with Sandbox(workers=1) as sandbox:
+        sandbox._workers[0]._process.kill()
+        sandbox._workers[0]._settings["without"] = list(ALL)
+        execution = sandbox.run("print('never')", picture)
+        assert execution.stdout == "" and "other layers" in execution.error
+
+
 def test_a_missing_scratch_directory_is_replaced(picture):
     with Sandbox(workers=1) as sandbox:
         jail.wipe(sandbox._workers[0]._base)
@@ -690,7 +702,8 @@ def test_a_sandbox_outlives_the_thread_that_made_it(picture):
 
 def test_a_full_disk_is_an_observation(picture, tmp_path, monkeypatch):
     """A file system of 512 KB takes the place of the temporary directory; the input image alone is larger."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         monkeypatch.setattr(tools.tempfile, "gettempdir", lambda: str(tmp_path))

@@ -174,8 +174,11 @@ class Rows:
         the policy itself (law 2). A greedy id is recorded with its log-prob at temperature 1.
         """
         log_probs = self.policy.log_probs(self.last, temperature or 1.0)                     # [B, V]
-        ids = (torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0] if temperature > 0
-               else log_probs.argmax(dim=-1))
+        if temperature > 0:     # of independent exponential waiting times with rates p, the first is i with chance p_i
+            waiting = torch.empty_like(log_probs).exponential_(generator=generator) / log_probs.exp()
+            ids = waiting.argmin(dim=-1)                                                     # [B]
+        else:
+            ids = log_probs.argmax(dim=-1)
         return ids, log_probs.gather(1, ids[:, None])[:, 0]
 
 

@@ -157,6 +157,19 @@ def test_cached_logits_equal_one_full_forward(policy, samples, sandbox, monkeypa
                                        atol=1e-4, rtol=1e-4)
 
 
+def test_samples_follow_the_distribution(policy):
+    """20,000 draws from one hidden state: the frequencies are the probabilities, within four standard errors."""
+    rows = Rows(policy)
+    hidden = torch.randn(1, policy.model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1))
+    rows.last = hidden.expand(20_000, -1)
+    with torch.no_grad():
+        ids, logp = rows.sample(0.7, torch.Generator().manual_seed(0))
+        p = policy.log_probs(rows.last[0], 0.7).exp()
+    torch.testing.assert_close(logp, p[ids].log())
+    frequency = torch.bincount(ids, minlength=len(p)) / 20_000
+    assert ((frequency - p).abs() <= 4 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
+
+
 def test_greedy_episodes_do_not_depend_on_their_neighbours(policy, samples, sandbox):
     """Alone or beside others, in a group or not: the same greedy episode."""
     three = samples(*KINDS)

@@ -9,9 +9,10 @@ memory, files or sockets:
 
 The *zygote* is this file, started once per worker by `python jail.py`.  It is slow to start (imports) and quick to
 fork: a program costs a few milliseconds instead of a fresh interpreter's hundred.  It never sees the program: the
-trainer sends three open files, and only the child reads them.  The *child* writes the input image into an empty
-directory, puts up the walls of `LAYERS` in their order, runs the program, decodes the output image (a hostile file,
-hence still inside the jail) and leaves raw pixels in the third file.  The zygote watches the clock and the disk.
+trainer sends three open files, and the child receives and reads them.  The *child* is forked ahead, before its job
+comes, and puts up the walls of `LAYERS` in their order, in an empty directory; then it writes the input image there,
+runs the program, decodes the output image (a hostile file, hence still inside the jail) and leaves raw pixels in the
+third file.  The zygote watches the clock and the disk, and reports how it ended: that is all it says.
 
 Where the kernel is not Linux there are no walls to be had from Python; the child is then a fresh interpreter (to
 fork after numpy is not safe on macOS) with resource limits only.  `escapes` tries the jail from inside at the start

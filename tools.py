@@ -303,7 +303,8 @@ class Worker:
         start = time.perf_counter()
         source = code.encode(errors="replace")
         with open_buffer() as job, open_buffer() as output, open_buffer() as result:
-            job.write(struct.pack("<I", len(source)) + source + picture)
+            job.write(struct.pack("<I", len(source)) + source)
+            job.write(picture)
             job.flush()
             socket.send_fds(self._socket, [b"!"], [job.fileno(), output.fileno(), result.fileno()])
             error = self._reply()["error"]
@@ -380,9 +381,10 @@ def read_result(file) -> tuple[Image.Image | None, str | None]:
         width, height, length = jail.HEADER.unpack(header)
         if length:
             return None, file.read(min(length, jail.ERROR_BYTES)).decode(errors="replace")
-        pixels = file.read(3 * jail.PIXELS + 1)
-        if width * height and len(pixels) == 3 * width * height:
-            return Image.frombytes("RGB", (width, height), pixels), None
+        if 0 < width * height <= jail.PIXELS:
+            pixels = file.read(3 * width * height + 1)
+            if len(pixels) == 3 * width * height:
+                return Image.frombytes("RGB", (width, height), pixels), None
     return None, "the program ended its own process"
 
 

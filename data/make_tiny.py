@@ -49,7 +49,7 @@ SLIPS = {"rotation90": ("image = image.rotate(90)",), "rotation180": ("image = i
          "dark": ("image = image.point(lambda v: v * 2)", "image = ImageEnhance.Brightness(image).enhance(2)"),
          "overexposure": ("image = image.point(lambda v: 255 - (255 - v) * 2)",),
          "blur": ("image = image.filter(ImageFilter.UnsharpMask(2, 50, 0))",),
-         "noise": ("image = image.filter(ImageFilter.MinFilter(3))", "image = image.filter(ImageFilter.RankFilter(5, 9))")}
+         "noise": ("image = image.filter(ImageFilter.MaxFilter(3))", "image = image.filter(ImageFilter.RankFilter(3, 8))")}
 THOUGHTS = {
     "problem": ("Look at it first.", "What is wrong here?", "I check the image.", "How does it look?"),
     "code": ("This should help.", "I repair it.", "A short program does it."),

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-VERSION = 1                 # in the folder's name: a change of the drawing must not meet an old cache
+VERSION = 2                 # in the folder's name: a change of the drawing must not meet an old cache
 SIDE = 112                  # pixels of one sign; the small model sees it at 56 x 56
 SINGLES = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "none")
 DOUBLES = tuple((turn, other) for turn in ("rotation90", "rotation180")
@@ -96,10 +96,10 @@ def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.
     if problem == "overexposure":
         return image.point(lambda v: 255 - (255 - v) // 14)
     if problem == "blur":
-        return image.filter(ImageFilter.GaussianBlur(7))
+        return image.filter(ImageFilter.GaussianBlur(7.5))
     if problem == "noise":
         pixels = np.asarray(image).copy()
-        pixels[rng.random(pixels.shape[:2]) < 0.65] = 255
+        pixels[rng.random(pixels.shape[:2]) < 0.8] = 255
         return Image.fromarray(pixels)
     if problem == "none":
         return image
@@ -118,7 +118,7 @@ REPAIRS = {
              "image = ImageEnhance.Brightness(image).enhance(6)"),
     "overexposure": ("image = image.point(lambda v: 255 - (255 - v) * 14)",
                      "image = ImageOps.invert(ImageOps.invert(image).point(lambda v: v * 14))"),
-    "blur": ("image = image.filter(ImageFilter.UnsharpMask(7, 400, 0))",
+    "blur": ("image = image.filter(ImageFilter.UnsharpMask(8, 500, 0))",
              "image = image.filter(ImageFilter.UnsharpMask(7, 500, 0))"),
     "noise": ("image = image.filter(ImageFilter.MinFilter(5))",
               "image = image.filter(ImageFilter.RankFilter(5, 0))"),

@@ -36,6 +36,7 @@ def test_counts_and_splits_follow_mat(folder):
     simple = {sample.problems for sample in test if sample.split == "simple"}
     assert simple == {(p,) for p in mini.SINGLES}
     assert {s.problems for s in test if s.split == "hard"} == {("crop",), *mini.DOUBLES}
+    assert {s.open_image().size for s in test if s.problems == ("crop",)} == {(224, 224)}, "shown: the whole board"
     assert set(mat.PROBLEMS) == {*mini.SINGLES, "crop"}
     train = mat.load("mat-coding", folder, "train")
     assert Counter(s.problems for s in train) == {**{(p,): 50 for p in (*mini.SINGLES, "crop")},

@@ -327,23 +327,25 @@ class Trainer:
 
 
 def train(trainer: Trainer, run: "Run", held_out: list) -> None:
-    """Steps, records, checkpoints. Ctrl-C ends it after saving what was learned."""
-    config = trainer.config
+    """Steps, records, checkpoints. Whatever ends it early (Ctrl-C, a bad image), what was learned is saved."""
+    config, saved = trainer.config, 0
     bar = tqdm(range(1, config.steps + 1), desc="training", unit="step")
     try:
         for step in bar:
-            done = trainer.step()
-            run.record_step(step, done, config)
+            run.record_step(step, trainer.step(), config)
             tqdm.write(run.step_line())
             if config.eval_every and step % config.eval_every == 0:
                 summary, _ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
                 run.record_evaluation(step, summary)
-            if step % config.save_every == 0 or step == config.steps:
+            if step % config.save_every == 0:
                 run.save_checkpoint(trainer)
+                saved = step
     except KeyboardInterrupt:
         tqdm.write(f"interrupted after {run.steps} complete steps; saving what was learned")
         run.interrupted = True
-        run.save_checkpoint(trainer)
+    finally:
+        if run.steps > saved:
+            run.save_checkpoint(trainer)
 
 
 # --- the run folder ---------------------------------------------------------------------------------------
@@ -432,8 +434,8 @@ class Run:
     def record_evaluation(self, when: int | str, summary: dict, episodes: list | None = None, config=None) -> None:
         """Keeps a summary; before and after training also every prediction and episode."""
         self.summary[str(when)] = rounded(summary)
-        self.curve.append({"step": 0 if when == "before" else self.steps, "greedy": summary["em"],
-                           "sampled": summary["sampled"]["em"]})
+        self.curve = [point for point in self.curve if point["step"] < self.steps]     # "after" may be its last, too
+        self.curve.append({"step": self.steps, "greedy": summary["em"], "sampled": summary["sampled"]["em"]})
         if episodes is None:
             return
         self.write_json(f"predictions-{when}.json", [
@@ -536,7 +538,8 @@ def start(config: Config) -> int:
                                           config)
         except KeyboardInterrupt:
             run.interrupted = True
-        run.finish(policy, config)
+        finally:        # a bad image in the middle must not cost what was learned before it
+            run.finish(policy, config)
     print(table(run.summary))
     print(f"{run.steps} steps, {time.perf_counter() - run.started:.0f} s; everything is in {config.out}")
     return 130 if run.interrupted else 0

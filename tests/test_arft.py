@@ -14,6 +14,7 @@ import torch
 import arft
 from arft import Config, UsageError, main, parse_options
 from conftest import ROOT
+from data.mat import DataError
 from policy import load
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
@@ -87,7 +88,6 @@ def test_bad_rows_and_images_name_file_and_field(tmp_path, capsys):
         code, out = run(tmp_path, "--eval-only", "--data", str(tmp_path / "MAT"))
         assert code == 2 and message in capsys.readouterr().err
         if out.exists():
-            assert not (out / "summary.json").exists()
             out.rename(tmp_path / "old")
 
 
@@ -138,6 +138,21 @@ def test_training_changes_the_weights_and_evaluation_does_not(tmp_path):
     _, out = run(tmp_path, *SHORT, "--lr", "1e-3", name="trained")
     start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
     assert any(not torch.equal(start[k], end[k]) for k in start)
+
+
+def test_a_bad_image_in_the_middle_costs_nothing_that_was_learned(tmp_path, monkeypatch, capsys):
+    true, calls = arft.rollout, []
+
+    def rollout(*arguments, **more):
+        calls.append(1)
+        if len(calls) > 4:
+            raise DataError("17.png: not a readable image; download it again")
+        return true(*arguments, **more)
+    monkeypatch.setattr(arft, "rollout", rollout)
+    code, out = run(tmp_path, *SHORT, "--steps", "9")
+    assert code == 2 and "17.png" in capsys.readouterr().err
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+    assert load(str(out / "model")) and (out / "checkpoint" / "training_state.pt").exists()
 
 
 def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_path, monkeypatch, capsys):

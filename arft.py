@@ -71,7 +71,7 @@ class Config:
     threads: int | None = option(None, "of the CPU; 0: torch's own choice; default: 1 for data/tiny (steady beside "
                                        "other programs), else 0")
     seed: int = option(0, "of data order and sampling; the same seed gives the same run (CPU)")
-    steps: int | None = option(None, "training steps; default: 60 for data/tiny, else 1400 (the paper's checkpoint)")
+    steps: int | None = option(None, "training steps; default: 80 for data/tiny, else 1400 (the paper's checkpoint)")
     eval_only: bool = option(False, "evaluate and stop")
     eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
@@ -96,7 +96,7 @@ class Config:
     problem_weight: float = option(1.0, "weight of the stated problem; paper's code: 1")
     answer_metric: str = option("f1", "what the answer is scored by; paper: f1", ("f1", "em"))
     # the update
-    lr: float | None = option(None, "learning rate of AdamW; default: 1e-4 for data/tiny, else 1e-6 (the paper)")
+    lr: float | None = option(None, "learning rate of AdamW; default: 2e-4 for data/tiny, else 1e-6 (the paper)")
     vision: str = option("frozen", "the vision tower: frozen or trained", ("frozen", "trained"))
     warmup: int = option(5, "steps until the full learning rate")
     lr_schedule: str = option("linear", "linear falls to zero at the last step; paper: linear", ("linear", "constant"))
@@ -123,7 +123,7 @@ class Config:
 
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
-    "steps": (60, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (1e-4, 1e-6),
+    "steps": (80, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
     "micro_batch": (16, 2), "threads": (1, 0)}
 
 

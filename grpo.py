@@ -196,7 +196,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """
     stats, count, skipped = defaultdict(float), 0, 0
     logp_error = 0.0
-    for epoch in range(config.inner_epochs):
+    for _ in range(config.inner_epochs):
         order = (torch.randperm(len(episodes), generator=generator, device=generator.device)
                  if config.minibatches > 1 else torch.arange(len(episodes)))
         for rows in order.chunk(config.minibatches):

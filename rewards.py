@@ -2,7 +2,8 @@
 
 What it teaches: the reward is the only thing the model learns from, so each number here is plain arithmetic that can be
 done by hand. Scoring an answer comes first (`normalize`, `f1`, `exact_match`, `score_answer`), then an episode
-(`episode_reward`) or a single step of the paper's way (`step_reward`), then a benchmark (`summarize`, `score_predictions`, `compare`).
+(`episode_reward`) or a single step of the paper's way (`step_reward`), then a benchmark (`summarize`,
+`score_predictions`, `compare`).
 
 Two scorers. "official" is the paper's, quirks included, and gives its published numbers to the last digit: F1 shares
 *sets* of tokens but divides by the lengths of the lists (a repeated word costs), exact match makes F1 one, text with a

@@ -3,7 +3,8 @@
 What it teaches: the published MAT stores *single steps* for training (`pre_problem`, `pre_code`, `pre_answer`, each
 with the teacher's context), because the authors train one step at a time. Multi-turn episodes need the whole question
 back, so `join_steps` puts the steps of one question together again: image, question, gold problems, gold answer.
-`load` gives these samples, `load_steps` the single steps for `--protocol paper`. The rest is care with files written by others: every message says which file, row and field, and what to do about it.
+`load` gives these samples, `load_steps` the single steps for `--protocol paper`. The rest is care with files written by
+others: every message says which file, row and field, and what to do about it.
 
     MAT/MAT-Benchmark/MAT-Coding.json + MAT-Coding-image/            200 test questions about damaged images
     MAT/MAT-Benchmark/MAT-Search.json + MAT-Search-image/            150 test questions that need a web search

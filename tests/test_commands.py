@@ -116,6 +116,13 @@ def test_check_data_ends_with_0_without_and_1_with_defects(no_model, capsys, tmp
     assert "id 72: literal \\n in gold" in out and "row 3: field 'question' is missing" in out
 
 
+def test_check_data_without_data_checks_what_a_run_would_use(no_model, capsys, tmp_path, monkeypatch):
+    write_mat(tmp_path, "mat-coding", "test", [CODING], images=["a_proc.png"])
+    monkeypatch.setattr(arft.mini, "ensure", lambda cache: tmp_path)
+    code, out, _ = said_by(capsys, "--check-data", "--device", "cpu")
+    assert code == 0 and str(tmp_path) in out
+
+
 def test_check_data_without_any_file_is_bad_input(no_model, capsys, tmp_path):
     code, _, err = said_by(capsys, "--check-data", "--data", tmp_path)
     assert code == 2 and "no such file" in err
@@ -267,7 +274,7 @@ def test_a_file_of_words_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for name, words in (("gone.txt", "cannot be read"), ("bytes.txt", "UTF-8"), ("empty.txt", "is empty")):
-        code, out = run(tmp_path, "--system-prompt", tmp_path / name)
+        code, out = run(tmp_path, *SHORT, "--system-prompt", tmp_path / name)
         err = capsys.readouterr().err
         assert code == 2 and words in err and name in err and not out.exists()
 
@@ -305,6 +312,27 @@ def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samp
     record = arft.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0], None, True)
     assert "[28:56, 0:56]" in record["turns"][1]["ran"] and "[3:9, 2:40]" in record["turns"][1]["text"]
     assert record["turns"][0]["ran"] is None and (tmp_path / "run" / record["turns"][1]["image"]).exists()
+
+
+def test_what_a_row_does_not_have_is_not_averaged(policy, samples, monkeypatch):
+    """Two rows, a problem and an answer, and every completion names the problem: all problems are right, no answer is."""
+    sample, = samples(("dark",))
+    shared = {"id": "1", "question": "?", "image_path": sample.image_path}
+    rows = [mat.StepSample(**shared, golds=(), problems=("dark",), kind="problem", formats=("problem",)),
+            mat.StepSample(**shared, golds=("1",), kind="answer", formats=("answer",))]
+    play(monkeypatch, policy, problem("dark"))
+    episodes = attempt(policy, rows, group_size=2)
+    rewards = arft.score(episodes, Config(protocol="paper"))
+    totals = arft.torch.tensor([reward.total for reward in rewards])
+    metrics = arft.step_metrics(1, {"episodes": episodes, "rewards": rewards, "totals": totals, "stats": {},
+                                    "clock": Clock(), "seconds": 1.0}, 2)
+    assert totals.tolist() == [2, 2, 0, 0]
+    assert [metrics[name] for name in ("problem", "answer", "em", "accuracy", "format")] == [1, 0, 0, 0.5, 0.5]
+
+
+def test_dr_grpo_divides_by_the_turns_that_the_protocol_has():
+    assert Config(max_new_tokens=10, max_turns=5).max_sampled == 50
+    assert Config(max_new_tokens=10, max_turns=5, protocol="paper").max_sampled == 10
 
 
 @published

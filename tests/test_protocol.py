@@ -250,7 +250,8 @@ def test_the_reward_of_a_search_row():
     assert reward("search", answer("Vermeer"), **options) == (0, 1), "in MAT-Search either kind has the right format"
     assert reward("answer", search("Vermeer"), golds=("Vermeer",), formats=formats) == (0, 1)
     assert lexical_similarity("", gold) == lexical_similarity("the", "a") == 0
-    assert lexical_similarity("four more", "words four more five six seven eight nine") == 0.5     # not below: it counts
+    options["queries"] = ("of by at in on for four more",)
+    assert reward("search", search("four more"), **options) == (0.5, 1)                 # 2 / sqrt(2 * 8): not below, it counts
 
 
 @pytest.mark.parametrize("kind, turn", [("answer", answer("b")), ("code", code()), ("problem", problem("dark"))])
@@ -261,12 +262,14 @@ def test_a_turn_that_was_cut_off_or_says_a_tag_twice_earns_nothing(kind, turn):
     assert reward(kind, turn + turn, **gold) == (0, 0)
 
 
-def test_parts_that_a_row_does_not_have_are_none_and_not_averaged():
+def test_parts_that_a_row_does_not_have_are_none():
     step = StepSample("1", "?", (), None, ("dark",), kind="problem", formats=("problem",))
     turn = SimpleNamespace(action=parse(problem("dark")), finished=True)
     found = step_reward(SimpleNamespace(sample=step, turns=[turn], answer=None))
     assert (found.answer, found.em, found.problem, found.accuracy) == (None, None, 1.0, 1.0)
-    assert found.total == 2.0
+    other = dataclasses.replace(step, golds=("b",), problems=(), kind="answer")
+    found = step_reward(SimpleNamespace(sample=other, turns=[turn], answer=None))
+    assert (found.answer, found.em, found.problem, found.accuracy) == (0.0, 0.0, None, 0.0)
     weighted = step_reward(SimpleNamespace(sample=step, turns=[turn], answer=None), accuracy_weight=3, format_weight=0.5)
     assert weighted.total == 3.5
 

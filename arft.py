@@ -2,6 +2,9 @@
 
     python arft.py --task mat-coding                         train, with evaluation before and after
     python arft.py --task mat-coding --eval-only --model DIR evaluate a checkpoint
+    python arft.py --task mat-coding --check-data --data MAT what the files hold, and what is wrong with them
+    python arft.py --task mat-coding --score FILE            the scores of a predictions file, without a model
+    python arft.py --task mat-coding --compare A B           two of them, item by item
 
 What it teaches: the training loop as an outline. One step is
 
@@ -38,15 +41,16 @@ from jinja2 import Environment, FileSystemLoader
 from tqdm import tqdm
 
 import grpo
+import paper
 from data import mat, mini
-from policy import Policy, PolicyError, check_name, load
-from rewards import episode_reward, score_answer, summarize
+from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, check_name, load
+from rewards import SCORERS, compare, episode_reward, score_answer, score_predictions, step_reward, summarize
 from rollout import Clock, Episode, Limits, rollout
 from tools import Sandbox, SandboxError
 
 HERE = Path(__file__).parent
 TINY = HERE / "data" / "tiny"
-HUB_MODEL, HUB_DATA = "Qwen/Qwen2.5-VL-3B-Instruct", "laolao77/MAT"
+HUB_MODEL, HUB_DATA, HUB_QA = "Qwen/Qwen2.5-VL-3B-Instruct", "laolao77/MAT", "RUC-NLPIR/FlashRAG_datasets"
 
 
 class UsageError(ValueError):
@@ -56,8 +60,9 @@ class UsageError(ValueError):
 # --- options -------------------------------------------------------------------------------------------
 
 
-def option(default, help: str, choices: tuple | None = None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple | None = None, values: tuple | None = None):
+    """One field of Config. values: the names of several values that the flag takes at once."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "values": values})
 
 
 @dataclass
@@ -65,13 +70,23 @@ class Config:
     """Every option; the command line is made from it. None: chosen by `complete` from the model."""
     task: str = option("mat-coding", "what to train and evaluate on", tuple(mat.FILES))
     model: str | None = option(None, "checkpoint folder or hub name; default: data/tiny without CUDA, else " + HUB_MODEL)
-    data: str | None = option(None, "MAT folder; default: MAT-mini for data/tiny, else " + HUB_DATA + " from the hub")
+    data: str | None = option(None, "MAT or FlashRAG folder, or one .jsonl file; default: MAT-mini for data/tiny and "
+                                    f"mat-coding, else {HUB_DATA} or {HUB_QA} from the hub")
     out: str | None = option(None, "run folder, must not exist; default: runs/<task>-<date>-<time>")
     device: str | None = option(None, "cpu or cuda; default: cuda where there is one")
     threads: int | None = option(None, "of the CPU; 0: torch's own choice; default: 1 for data/tiny (steady beside "
                                        "other programs), else 0")
     seed: int = option(0, "of data order and sampling; the same seed gives the same run (CPU)")
     steps: int | None = option(None, "training steps; default: 80 for data/tiny, else 1400 (the paper's checkpoint)")
+    system_prompt: str | None = option(None, "file with the words to ask in; default: those that the checkpoint was "
+                                             "trained with, else our own")
+    protocol: str = option("episodes", "episodes: several turns, tools in the loop; paper: one growing message, training "
+                                       "on single steps (paper.py)", ("episodes", "paper"))
+    # instead of a run; none of these loads a model
+    check_data: bool = option(False, "print what the data files hold and every defect; exit code 1 if there is one")
+    score: str | None = option(None, "print the scores of a predictions file, by both scorers")
+    compare: list | None = option(None, "print what predictions file B is better than A by, item by item", values=("A", "B"))
+    # evaluation and records
     eval_only: bool = option(False, "evaluate and stop")
     eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
@@ -95,6 +110,12 @@ class Config:
     format_weight: float = option(1.0, "weight of the format; paper: 1, Eq. (5)")
     problem_weight: float = option(1.0, "weight of the stated problem; paper's code: 1")
     answer_metric: str = option("f1", "what the answer is scored by; paper: f1", ("f1", "em"))
+    scorer: str = option("official", "of the reward and the summary: the paper's, or with its defects repaired", SCORERS)
+    # the paper's way, with --protocol paper
+    crop_box: str = option("question", "where crops are cut: at the question's box (the paper) or the program's own",
+                           ("question", "model"))
+    code_errors: str = option("shown", "whether the model sees why its program failed; paper: hidden", ("shown", "hidden"))
+    step_side: int = option(720, "images of training steps are stretched to this square, pixels; 0: not; paper: 720")
     # the update
     lr: float | None = option(None, "learning rate of AdamW; default: 2e-4 for data/tiny, else 1e-6 (the paper)")
     vision: str = option("frozen", "the vision tower: frozen or trained", ("frozen", "trained"))
@@ -115,7 +136,8 @@ class Config:
     @property
     def max_sampled(self) -> int:
         """The most ids that one episode can sample: what dr_grpo divides by."""
-        return min(self.max_turns * self.max_new_tokens, self.max_length)
+        turns = 1 if self.protocol == "paper" else self.max_turns
+        return min(turns * self.max_new_tokens, self.max_length)
 
     @property
     def limits(self) -> Limits:
@@ -135,10 +157,11 @@ def parse_options(arguments: list[str]) -> Config:
         if field.type is bool:
             parser.add_argument(flag, action="store_true", help=help)
             continue
-        kind = next(t for t in (int, float, str) if t is field.type or t in getattr(field.type, "__args__", ()))
+        kind = next((t for t in (int, float) if t is field.type or t in getattr(field.type, "__args__", ())), str)
         suffix = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(flag, type=kind, default=field.default, choices=field.metadata["choices"],
-                            help=help + suffix)
+        several = field.metadata["values"]
+        parser.add_argument(flag, type=kind, default=field.default, choices=field.metadata["choices"], metavar=several,
+                            nargs=several and len(several), help=help + suffix)
     return Config(**vars(parser.parse_args(arguments)))
 
 
@@ -146,7 +169,8 @@ def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
-             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0}
+             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0,
+             "step_side": 0}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -156,12 +180,28 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
+    instead = [name for name in ("check_data", "score", "compare") if getattr(config, name)]
+    if len(instead) > 1:
+        raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1]} cannot be had at once; choose one")
     if config.model:
         check_name(config.model)
+    if config.system_prompt:
+        read_prompt(config.system_prompt)
     if config.out and Path(config.out).exists():
         raise UsageError(f"--out {config.out} exists; nothing was overwritten. Name a new folder or remove it")
     if config.device not in (None, "cpu") and not (config.device.startswith("cuda") and torch.cuda.is_available()):
         raise UsageError(f"--device {config.device} is not to be had here; use --device cpu")
+
+
+def read_prompt(file: str) -> str:
+    """The words of a --system-prompt file."""
+    try:
+        words = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--system-prompt {file}: cannot be read ({error}); name a text file in UTF-8") from None
+    if not words:
+        raise UsageError(f"--system-prompt {file} is empty; write what the model is told before every question")
+    return words
 
 
 def complete(config: Config) -> list[str]:
@@ -178,19 +218,29 @@ def complete(config: Config) -> list[str]:
     if config.model is None:
         config.model, why["model"] = str(TINY), "the embedded checkpoint; --model DIR or hub name for another"
     small = is_small(config.model)
-    if config.data is None and small and config.task == "mat-coding":
-        config.data = str(mini.ensure(HERE / "data" / "cache"))
-        why["data"] = "MAT-mini, drawn by data/mini.py; --data DIR for a MAT folder"
-    elif config.data is None and config.task.startswith("mat-"):
-        config.data, why["data"] = fetch(HUB_DATA, "dataset"), f"{HUB_DATA} from the hub"
-    elif config.data is None:
-        raise UsageError(f"--task {config.task} needs --data FOLDER, with FlashRAG's file for it")
+    why["data"] = choose_data(config, small) or why["data"]
     for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
             setattr(config, name, for_small if small else for_others)
     if config.out is None:
         config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     return [f"{name + ':':8}{getattr(config, name)} ({reason})" for name, reason in why.items()]
+
+
+def choose_data(config: Config, small: bool) -> str | None:
+    """Fills in --data if it was left open. Returns why, None where it was given."""
+    if config.data is not None:
+        return None
+    if small and config.task == "mat-coding":
+        config.data = str(mini.ensure(HERE / "data" / "cache"))
+        return "MAT-mini, drawn by data/mini.py; --data DIR for a MAT folder"
+    if config.task.startswith("mat-"):
+        config.data = fetch(HUB_DATA, "dataset")
+        return f"{HUB_DATA} from the hub"
+    splits = ("test",) if config.eval_only or config.check_data else ("test", "train")
+    files = [mat.FILES[config.task][split][0] for split in splits if split in mat.FILES[config.task]]
+    config.data = fetch(HUB_QA, "dataset", files)
+    return f"{HUB_QA} from the hub"
 
 
 def is_small(model: str) -> bool:
@@ -202,18 +252,33 @@ def is_small(model: str) -> bool:
         return False            # a hub name, or a folder that `load` will complain about
 
 
-def fetch(name: str, kind: str) -> str:
-    """The folder of a hub model or data set, from the cache or the network (with its own progress bars)."""
+def fetch(name: str, kind: str, files: list[str] | None = None) -> str:
+    """The folder of a hub model or data set (of `files` alone, if given), from the cache or the network, with the
+    hub's own progress bars. Raises UsageError that says what to download and where to put it."""
     from huggingface_hub import snapshot_download
+    flag = "--data" if kind == "dataset" else "--model"
     try:
-        return snapshot_download(name, repo_type=kind)
+        folder = snapshot_download(name, repo_type=kind, allow_patterns=files)
+        missing = [file for file in files or () if not (Path(folder) / file).exists()]
+        reason = f"{missing[0]} is not among its files" if missing else None
     except Exception as error:  # no network, no disk, no such repository: the cure is the same
-        flag = "--data" if kind == "dataset" else "--model"
-        raise UsageError(f"the {kind} {name} is neither in the hub's cache nor to be fetched ({type(error).__name__}); "
-                         f"download it on another machine and name the folder: {flag} DIR") from error
+        reason = type(error).__name__
+    if reason:
+        command = " ".join(["hf download", name, *(files or ()), "--repo-type", kind, "--local-dir DIR"])
+        raise UsageError(f"this needs {flag} DIR: {name} is neither in the hub's cache nor to be fetched ({reason}).\n"
+                         f"Where there is network: {command}; then copy DIR here and name it: {flag} DIR")
+    return folder
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
+
+
+def attempt(policy: Policy, samples, config: Config, **more) -> list[Episode]:
+    """Episodes of the samples under the run's protocol."""
+    if config.protocol == "paper":
+        return paper.rollout(policy, samples, crop_box=config.crop_box, code_errors=config.code_errors,
+                             step_side=config.step_side, **more)
+    return rollout(policy, samples, **more)
 
 
 def evaluate(policy: Policy, samples, tools, config: Config, temperature: float, clock: Clock, title: str):
@@ -224,20 +289,22 @@ def evaluate(policy: Policy, samples, tools, config: Config, temperature: float,
     with tqdm(total=len(samples), desc=title, leave=False, unit="sample") as bar:
         for start in range(0, len(samples), config.eval_batch):
             part = samples[start:start + config.eval_batch]
-            episodes += rollout(policy, part, limits=limits, tools=tools, generator=generator, clock=clock)
+            episodes += attempt(policy, part, config, limits=limits, tools=tools, generator=generator, clock=clock)
             bar.update(len(part))
-    summary = summarize([e.answer for e in episodes], samples, chinese=config.task == "mat-coding")
+    both = {scorer: summarize([e.answer for e in episodes], samples, scorer, chinese=config.task == "mat-coding")
+            for scorer in SCORERS}
+    summary = both.pop(config.scorer) | both        # the other scorer's under its name
     if any(sample.problems for sample in samples):
-        summary["by_problem"] = em_by_problem(episodes)
+        summary["by_problem"] = em_by_problem(episodes, config.scorer)
     return summary, episodes
 
 
-def em_by_problem(episodes: list[Episode]) -> dict[str, dict]:
+def em_by_problem(episodes: list[Episode], scorer: str) -> dict[str, dict]:
     """n and exact match for each kind of damage, and for all damaged images together."""
     right: dict[str, list[float]] = {"damaged": []}
     for episode in episodes:
         name = "+".join(episode.sample.problems)
-        _, em = score_answer(episode.answer, episode.sample.golds)
+        _, em = score_answer(episode.answer, episode.sample.golds, scorer)
         right.setdefault(name, []).append(em)
         if name != "none":
             right["damaged"].append(em)
@@ -263,8 +330,11 @@ def endless(samples: list, order: random.Random):
 
 def score(episodes: list[Episode], config: Config) -> list:
     """The reward of each episode. A number that is not finite stops the run and names the sample (law 6)."""
-    rewards = [episode_reward(e, answer_weight=config.answer_weight, format_weight=config.format_weight,
-                              problem_weight=config.problem_weight, answer_metric=config.answer_metric)
+    rewards = [step_reward(e, accuracy_weight=config.answer_weight, format_weight=config.format_weight,
+                           scorer=config.scorer) if isinstance(e.sample, mat.StepSample) else
+               episode_reward(e, answer_weight=config.answer_weight, format_weight=config.format_weight,
+                              problem_weight=config.problem_weight, answer_metric=config.answer_metric,
+                              scorer=config.scorer)
                for e in episodes]
     for episode, reward in zip(episodes, rewards):
         if not math.isfinite(reward.total):
@@ -304,7 +374,7 @@ class Trainer:
         """One step of GRPO. Returns what it did: episodes, rewards, advantages, statistics, seconds."""
         config, clock, start = self.config, Clock(), time.perf_counter()
         samples = [next(self.order) for _ in range(config.samples_per_step)]
-        episodes = rollout(self.policy, samples, group_size=config.group_size, limits=config.limits,
+        episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
                            tools=self.tools, generator=self.generator, clock=clock)
         rewards = score(episodes, config)
         totals = torch.tensor([reward.total for reward in rewards])                        # [N]
@@ -366,10 +436,15 @@ def step_metrics(step: int, done: dict, group_size: int) -> dict:
     groups, turns = totals.view(-1, group_size), [t for e in episodes for t in e.turns]
     runs = [t.execution for t in turns if t.execution is not None]
     sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
-    mean = lambda name: float(np.mean([getattr(r, name) for r in rewards]))     # noqa: E731
+
+    def mean(name: str) -> float:       # a single step has an answer, or a problem, or neither
+        known = [value for r in rewards if (value := getattr(r, name)) is not None]
+        return float(np.mean(known)) if known else 0.0
+
     return rounded({
         "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
         "answer": mean("answer"), "format": mean("format"), "problem": mean("problem"), "em": mean("em"),
+        **({"accuracy": mean("accuracy")} if rewards[0].accuracy is not None else {}),
         "group_std": groups.std(dim=1).mean().item(),
         "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
         **done["stats"],
@@ -414,7 +489,8 @@ class Run:
         self.append("episodes.jsonl", *records)
 
     def episode_record(self, when: str, i: int, episode: Episode, reward, advantage: float | None, images: bool) -> dict:
-        """What was shown, written and returned; with `images`, the returned images as files."""
+        """What was shown, written and returned; with `images`, the returned images as files. "ran": the program, where
+        it is not the text as written (--crop-box question)."""
         turns = []
         for k, turn in enumerate(episode.turns):
             run = turn.execution
@@ -422,7 +498,8 @@ class Run:
             if run is not None and run.image is not None and images:
                 name = f"images/{when}-{i}-{k}.png"
                 run.image.save(self.folder / name)
-            turns.append({"text": turn.text, "action": turn.action.kind, "finished": turn.finished,
+            ran = turn.action.value if run is not None and turn.action.value not in turn.text else None
+            turns.append({"text": turn.text, "action": turn.action.kind, "finished": turn.finished, "ran": ran,
                           "observation": turn.observation, "image": name,
                           "error": run.error if run is not None else None})
         sample = episode.sample
@@ -475,24 +552,69 @@ class Run:
             config=dataclasses.asdict(config), metrics=self.metrics, curve=self.curve, summary=summary, phases=seconds))
 
 
-def table(summary: dict) -> str:
-    """Before and after, greedy and sampled, by split, with 95% intervals, in percent."""
-    lines = [f"{'':22}{'n':>5}  {'EM %':>6} {'[95%]':>14}  {'F1 %':>6} {'[95%]':>14}"]
+HEADER = f"{'':22}{'n':>6}  {'EM %':>6} {'[95%]':>16}  {'F1 %':>6} {'[95%]':>16}"
 
-    def row(name, s):
-        low, high, flow, fhigh = (100 * v for v in (*s["em_ci95"], *s["f1_ci95"]))
-        lines.append(f"{name:22}{s['n']:5d}  {100 * s['em']:6.1f} [{low:5.1f}, {high:5.1f}]  "
-                     f"{100 * s['f1']:6.1f} [{flow:5.1f}, {fhigh:5.1f}]")
+
+def score_row(name: str, s: dict) -> str:
+    """One line under HEADER, in percent with two digits, as the paper prints them."""
+    low, high, flow, fhigh = (100 * v for v in (*s["em_ci95"], *s["f1_ci95"]))
+    return (f"{name:22}{s['n']:6d}  {100 * s['em']:6.2f} [{low:6.2f}, {high:6.2f}]  "
+            f"{100 * s['f1']:6.2f} [{flow:6.2f}, {fhigh:6.2f}]")
+
+
+def table(summary: dict) -> str:
+    """Before and after, greedy and sampled, by split and by both scorers."""
+    lines = [HEADER]
     for when in ("before", "after"):
         if when in summary:
-            row(f"{when}, greedy", summary[when])
-            for split, part in summary[when].get("splits", {}).items():
-                row(f"  {split}", part)
+            lines.append(score_row(f"{when}, greedy", summary[when]))
+            lines += [score_row(f"  {split}", part) for split, part in summary[when].get("splits", {}).items()]
             if "damaged" in summary[when].get("by_problem", {}):
                 damaged = summary[when]["by_problem"]["damaged"]
-                lines.append(f"{'  damaged images':22}{damaged['n']:5d}  {100 * damaged['em']:6.1f}")
-            row(f"{when}, sampled", summary[when]["sampled"])
+                lines.append(f"{'  damaged images':22}{damaged['n']:6d}  {100 * damaged['em']:6.2f}")
+            lines += [score_row(f"  {name} scorer", summary[when][name]) for name in SCORERS if name in summary[when]]
+            lines.append(score_row(f"{when}, sampled", summary[when]["sampled"]))
     return "\n".join(lines)
+
+
+# --- files, without a model ---------------------------------------------------------------------------------
+
+
+def check_files(config: Config) -> int:
+    """--check-data: what the task's files hold, then every defect. 1 if there is one, else 0."""
+    small = is_small(config.model) if config.model else config.device == "cpu" or not torch.cuda.is_available()
+    choose_data(config, small)
+    report, defects = mat.check(config.task, config.data)
+    print("\n".join(report))
+    print("\n".join([*defects, f"defects: {len(defects)}"]))
+    return 1 if defects else 0
+
+
+def score_file(config: Config) -> int:
+    """--score: a predictions file under both scorers."""
+    print(f"{config.score}, scored as {config.task}\n{HEADER}")
+    for scorer in SCORERS:
+        scores = score_predictions(config.score, config.task, scorer)
+        print(score_row(scorer, scores))
+        for split, part in scores["splits"].items():
+            print(score_row(f"  {split}", part))
+    return 0
+
+
+def compare_files(config: Config) -> int:
+    """--compare: B against A under both scorers. The interval is of the difference, item by item."""
+    for scorer in SCORERS:
+        result = compare(*config.compare, config.task, scorer)
+        if scorer == SCORERS[0]:
+            print("A: {}\nB: {}".format(*config.compare))
+            print(f"{result['n']} items as {config.task}, {result['changed']} with another answer")
+            print(f"{'':22}{'A %':>7} {'B %':>7}  {'B - A':>6} {'[95%]':>16}  {'better':>6} {'worse':>6}")
+        for metric in ("em", "f1"):
+            r = result[metric]
+            low, high = (100 * v for v in r["ci95"])
+            print(f"{scorer + ', ' + metric.upper():22}{100 * r['a']:7.2f} {100 * r['b']:7.2f}  "
+                  f"{100 * r['difference']:+6.2f} [{low:+6.2f}, {high:+6.2f}]  {r['better']:6d} {r['worse']:6d}")
+    return 0
 
 
 # --- the program --------------------------------------------------------------------------------------------
@@ -502,16 +624,37 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse_options(arguments)
         check(config)
-        return start(config)
+        if config.check_data:
+            return check_files(config)
+        if config.score:
+            return score_file(config)
+        return compare_files(config) if config.compare else start(config)
     except (UsageError, PolicyError, SandboxError, mat.DataError) as error:
         print(f"arft.py: {error}", file=sys.stderr)
         return 2
+
+
+def training_samples(config: Config) -> list[mat.Sample]:
+    if config.protocol == "paper":
+        return mat.load_steps(config.task, config.data)
+    return mat.load(config.task, config.data, "train")
+
+
+def choose_prompt(config: Config, policy: Policy) -> str:
+    """The user's words; else those that the checkpoint brought; else ours for the task."""
+    if config.system_prompt:
+        return read_prompt(config.system_prompt)
+    brought = policy.system_prompt != SYSTEM_PROMPT
+    return policy.system_prompt if brought or config.task == "mat-coding" else SEARCH_PROMPT
 
 
 def start(config: Config) -> int:
     """One run, from options to summary."""
     for line in complete(config):
         print(line)
+    if config.protocol == "paper":
+        print(f"paper:  one growing message; crops at the {config.crop_box}'s box; errors of programs {config.code_errors}; "
+              f"training on single steps, images {f'{config.step_side} pixels square' if config.step_side else 'as they are'}")
     if config.threads:
         torch.set_num_threads(config.threads)
     if is_small(config.model):
@@ -520,8 +663,9 @@ def start(config: Config) -> int:
     torch.manual_seed(config.seed)
     held_out = mat.load(config.task, config.data, "test")
     held_out = held_out[:config.eval_samples or len(held_out)]
-    training = [] if config.eval_only else mat.load(config.task, config.data, "train")
+    training = [] if config.eval_only else training_samples(config)
     policy = load(config.model, config.device, torch.float32 if config.device == "cpu" else torch.bfloat16)
+    policy.system_prompt = choose_prompt(config, policy)
     run = Run(config)
     print(f"run:    {config.out}: {len(held_out)} held-out samples" + ("" if config.eval_only else (
         f", {len(training)} for training, {config.steps} steps of {config.samples_per_step} x {config.group_size} episodes")))

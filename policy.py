@@ -18,6 +18,7 @@ Read next: rollout.py. Left out: video; other architectures.
 Dimensions in this file: B rows, T tokens, D hidden size, P image patches, V vocabulary.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,12 @@ overexposure, blur, noise, crop (the answer is in a small part), or none.
 2. <code> holds one Python program in a ```python block that repairs the image: it reads \
 'path_to_input_image.jpg' and writes 'path_to_output_image.jpg'. You are shown the result. </code>
 3. <answer> gives the final answer, as short as possible. </answer>"""
+
+SEARCH_PROMPT = """\
+You answer a question that needs facts which you may not know. Work in steps and take exactly one action in each step; \
+every step is your thought inside <think> </think> followed by one action.
+1. <search> holds one short query for a web search. You are shown what was found. </search>
+2. <answer> gives the final answer, as short as possible. </answer>"""
 
 
 class PolicyError(ValueError):
@@ -119,6 +126,19 @@ class Policy:
         The turn already ended with the sampled <|im_end|>; the line break after it is written here.
         """
         return self.text_ids("\n") + self.message_ids("user", text, images) + self._opening()
+
+    def single_message_ids(self, text: str, images: list[ImageInput]) -> list[int]:
+        """One user message that holds everything, and the opening of the turn (paper.py).
+
+        Before it stands what the checkpoint's chat template puts first by itself: Qwen2.5-VL's has a short
+        system message of its own, which the authors' prompts therefore had, too.
+        """
+        first = []
+        if self.tokenizer.chat_template:
+            rendered = self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+            first = re.findall(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
+        return [*(i for words in first for i in self.message_ids("system", words)),
+                *self.message_ids("user", text, images), *self._opening()]
 
     def _opening(self) -> list[int]:
         return [self.im_start, *self.text_ids("assistant\n")]

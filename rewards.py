@@ -2,7 +2,8 @@
 
 What it teaches: the reward is the only thing the model learns from, so each number here is plain arithmetic that can be
 done by hand. Scoring an answer comes first (`normalize`, `f1`, `exact_match`, `score_answer`), then an episode
-(`episode_reward`), then a benchmark (`summarize`, `score_predictions`, `compare`).
+(`episode_reward`) or a single step of the paper's way (`step_reward`), then a benchmark (`summarize`,
+`score_predictions`, `compare`).
 
 Two scorers. "official" is the paper's, quirks included, and gives its published numbers to the last digit: F1 shares
 *sets* of tokens but divides by the lengths of the lists (a repeated word costs), exact match makes F1 one, text with a
@@ -13,7 +14,7 @@ Chinese character is compared character by character. "repaired" mends what is b
   - an empty gold (MAT-Search, id 101) is matched by nothing, where "official" gives an empty answer full marks.
 
 Read next: rollout.py, which makes the episodes; grpo.py, which turns rewards into advantages.
-Left out: the paper's search reward (a sentence-embedding similarity to a gold query), which needs a further model.
+Left out: the paper's sentence-embedding similarity to a gold query, which needs a further model; words are compared.
 """
 import re
 import string
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.mat import LITERAL_NEWLINE, DataError, Sample, field, read_rows, split_of, text_list
+from data.mat import LITERAL_NEWLINE, DataError, Sample, StepSample, field, read_rows, split_of, text_list
 
 SCORERS = ("official", "repaired")
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -125,10 +126,11 @@ def score_answer(prediction: str | None, golds, scorer: str = "official", chines
 class Reward:
     """What an episode earned. Every part is in [0, 1] before its weight."""
     total: float        # the weighted sum: this, and nothing else, is what the policy learns from
-    answer: float       # F1 (or exact match) of the answer
-    format: float       # share of turns in the strict format
-    problem: float      # was the first diagnosis right
-    em: float           # exact match of the answer; only logged, unless chosen as the answer's metric
+    answer: float | None    # F1 (or exact match) of the answer; this and the next two: None for a step of another kind
+    format: float           # share of turns in the strict format
+    problem: float | None   # was the first diagnosis right
+    em: float | None        # exact match of the answer; only logged, unless chosen as the answer's metric
+    accuracy: float | None = None   # of a single step, whatever its kind; None for an episode
 
 
 def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotation_credit: bool = False) -> float:
@@ -172,6 +174,66 @@ def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float 
     problem = problem_reward(stated, episode.sample.problems, rotation_credit)
     total = answer_weight * accuracy + format_weight * strict + problem_weight * problem    # Eq. (5)
     return Reward(total=total, answer=accuracy, format=strict, problem=problem, em=em)
+
+
+# --- one step, the paper's way --------------------------------------------------------------------------------------
+
+CODE_ACCURACY = 0.9             # for any program; nothing is run in training
+SIMILARITY_THRESHOLD = 0.5      # a query less similar than this is worth nothing
+
+
+def lexical_similarity(query: str, gold: str) -> float:
+    """Cosine of the two sets of words, in [0, 1]. It stands in for the authors' sentence embedding (all-MiniLM-L6-v2):
+    the same scale and threshold, but a synonym counts for nothing.
+
+    >>> lexical_similarity("The Milkmaid Vermeer museum", "museum of the Milkmaid by Vermeer")     # 3 / sqrt(3 * 5)
+    0.7745966692414834
+    """
+    a, b = (set(normalize(text, chinese=False).split()) for text in (query, gold))
+    return len(a & b) / (len(a) * len(b)) ** 0.5 if a and b else 0.0
+
+
+def step_accuracy(action, step: StepSample, scorer: str = "official") -> float:
+    """Eq. (4) as the released trainer computes it, in [0, 1]; an action of another kind than the teacher's is worth 0.
+
+    answer   official: set F1, English rules, without the evaluation's "exact match makes F1 one": a right "A" (an
+             article) is worth 0 and a repeated word costs. repaired: `score_answer`'s
+    code     0.9, whatever the program does
+    problem  `problem_reward`, half credit for the rotation of a double included
+    search   similarity to the teacher's query, 0 below the threshold
+    """
+    if action.kind != step.kind:
+        return 0.0
+    if step.kind == "code":
+        return CODE_ACCURACY
+    if step.kind == "problem":
+        return problem_reward(action.value, step.problems, rotation_credit=True)
+    if step.kind == "search":
+        similarity = lexical_similarity(action.value, step.queries[0])
+        return similarity if similarity >= SIMILARITY_THRESHOLD else 0.0
+    if scorer == "official":
+        return max(f1(action.value, gold, chinese=False) for gold in step.golds)
+    return score_answer(action.value, step.golds, scorer)[0]
+
+
+def step_reward(episode, *, accuracy_weight: float = 1.0, format_weight: float = 1.0,
+                scorer: str = "official") -> Reward:
+    """The reward of an episode of one turn for a StepSample: Eq. (5), accuracy plus format, at most 2.
+
+    The format counts if the turn is strictly a thought and an action of the kind that the row asks for (MAT-Search: a
+    search or an answer, either passes). Three quirks of the released code are absent: a text without any tag earns
+    nothing (there: 0.9 on a code row, its F1 on an answer row), nor does a turn that says a tag twice or was cut off,
+    and an answer may have several lines. No text is replaced by the teacher's before it is judged (B1), and no number
+    is looked for in the whole text (B5).
+    """
+    step, turn = episode.sample, episode.turns[-1]
+    accuracy = step_accuracy(turn.action, step, scorer) if turn.finished else 0.0                   # Eq. (4)
+    strict = float(turn.finished and turn.action.strict and turn.action.kind in step.formats)       # Eq. (3)
+    answer = episode.answer if step.kind == "answer" else None
+    em = score_answer(answer, step.golds, scorer, chinese=False)[1] if step.kind == "answer" else None
+    return Reward(total=accuracy_weight * accuracy + format_weight * strict,                        # Eq. (5)
+                  answer=accuracy if step.kind == "answer" else None, format=strict,
+                  problem=accuracy if step.kind == "problem" else None, em=em, accuracy=accuracy)
 
 
 # --- many answers --------------------------------------------------------------------------------------------------

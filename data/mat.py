@@ -3,7 +3,8 @@
 What it teaches: the published MAT stores *single steps* for training (`pre_problem`, `pre_code`, `pre_answer`, each
 with the teacher's context), because the authors train one step at a time. Multi-turn episodes need the whole question
 back, so `join_steps` puts the steps of one question together again: image, question, gold problems, gold answer.
-The rest is care with files written by others: every message says which file, row and field, and what to do about it.
+`load` gives these samples, `load_steps` the single steps for `--protocol paper`. The rest is care with files written by
+others: every message says which file, row and field, and what to do about it.
 
     MAT/MAT-Benchmark/MAT-Coding.json + MAT-Coding-image/            200 test questions about damaged images
     MAT/MAT-Benchmark/MAT-Search.json + MAT-Search-image/            150 test questions that need a web search
@@ -12,7 +13,7 @@ The rest is care with files written by others: every message says which file, ro
     FlashRAG: 2wikimultihopqa/dev.jsonl, hotpotqa/dev.jsonl, musique/dev.jsonl, bamboogle/test.jsonl   (no images)
 
 Read next: rewards.py, which says what an answer to a sample is worth; data/mini.py, which draws a MAT of its own.
-Left out: downloading, and the stored teacher context of the steps, which multi-turn training has no use for.
+Left out: downloading, which arft.py does.
 """
 import json
 import re
@@ -64,6 +65,17 @@ class Sample:
         if self.image_path is None:
             raise DataError(f"sample {self.id} has no image: its task is text only")
         return read_image(self.image_path)
+
+
+@dataclass(frozen=True)
+class StepSample(Sample):
+    """One training row as the authors train on it: the teacher's turns so far are given, the next turn is asked for.
+
+    Of golds, problems and queries only what belongs to `kind` is filled in.
+    """
+    kind: str = ""                  # of the teacher's turn: problem | code | answer | search
+    context: str = ""               # the teacher's turns before it, as stored; "" for a first step
+    formats: tuple[str, ...] = ()   # the kinds that can earn the format reward: `kind`, for MAT-Search search and answer
 
 
 # --- images --------------------------------------------------------------------------------------------------------
@@ -170,8 +182,17 @@ def strip_query(text: str) -> str:
     >>> strip_query("<query> Who is this? </query> <search> ... </search>"), strip_query(" Who is this? ")
     ('Who is this?', 'Who is this?')
     """
+    return split_query(text)[0]
+
+
+def split_query(text: str) -> tuple[str, str]:
+    """The question, and what stands behind its tags.
+
+    >>> split_query("<query> Who is this? </query> <search> painter </search>")
+    ('Who is this?', '<search> painter </search>')
+    """
     found = re.search(r"<query>(.*?)</?query>", text, re.DOTALL)    # the authors' evaluation ends it with <query>, too
-    return (found.group(1) if found else text).strip()
+    return (found.group(1).strip(), text[found.end():].strip()) if found else (text.strip(), "")
 
 
 def split_of(task: str, row: dict, index: int) -> str:
@@ -213,6 +234,7 @@ class Step:
     image: str      # file name; the steps of one question may differ in _proc and _ori
     question: str
     value: str      # what stands between the tags of the solution
+    context: str = ""   # the teacher's turns before this one
 
 
 def read_step(row: dict, where: str) -> Step:
@@ -222,8 +244,10 @@ def read_step(row: dict, where: str) -> Step:
     if not found:
         raise DataError(f"{where}: field 'solution' must hold <problem>, <code>, <search> or <answer> and its end tag, "
                         f"but is {solution!r:.60}")
-    return Step(found.group(1), field(row, "image_path", (str,), where),
-                strip_query(field(row, "problem", (str,), where)), found.group(2).strip())
+    image = field(row, "image_path", (str,), where)
+    question, played = split_query(field(row, "problem", (str,), where))    # MAT-Search has its context in here
+    stored = field(row, "context", (str, type(None)), where) if "context" in row else None
+    return Step(found.group(1), image, question, found.group(2).strip(), stored or played)
 
 
 def join_key(step: Step) -> tuple[str, str]:
@@ -233,6 +257,25 @@ def join_key(step: Step) -> tuple[str, str]:
     ('dark_7', 'What year?')
     """
     return re.sub(r"_(proc|ori)$", "", Path(step.image).stem), " ".join(step.question.split())
+
+
+def labels_of(value: str) -> tuple[str, ...]:
+    """The labels of a teacher's problem set.
+
+    >>> labels_of("{'rotation90', 'dark'}")
+    ('rotation90', 'dark')
+    """
+    return tuple(re.findall(r"['\"]([^'\"]+)['\"]", value))
+
+
+def step_sample(task: str, step: Step, number: int, images: Path) -> StepSample:
+    """A step as a sample of its own; `number` is its row in the file, the first is 1."""
+    return StepSample(
+        id=f"{join_key(step)[0]}-{step.kind}-{number}", question=step.question, image_path=images / step.image,
+        golds=(step.value,) if step.kind == "answer" else (), split="train", kind=step.kind, context=step.context,
+        problems=labels_of(step.value) if step.kind == "problem" else (),
+        queries=(step.value,) if step.kind == "search" else (),
+        formats=("search", "answer") if task == "mat-search" else (step.kind,))
 
 
 def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]]:
@@ -251,7 +294,7 @@ def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]
         if missing:
             incomplete.append(f"{stem} ({question!r:.60}): left out, no step has {' and none has '.join(missing)}")
             continue
-        problems = tuple(re.findall(r"['\"]([^'\"]+)['\"]", values["problem"][0])) if values["problem"] else ()
+        problems = labels_of(values["problem"][0]) if values["problem"] else ()
         # As in the benchmark: the damaged picture, but the whole one for a crop; else what the first step says.
         wanted = "_ori" if "crop" in problems else "_proc"
         shown = next((step.image for step in group if Path(step.image).stem.endswith(wanted)), group[0].image)
@@ -279,13 +322,14 @@ class Reading:
     """All that one file gave."""
     file: Path
     samples: list[Sample]
-    steps: Counter          # training steps by kind; empty for a file of whole samples
+    steps: list[Step]       # the training steps; empty for a file of whole samples
     wrong: list[str]        # rows that are not as they should be
     incomplete: list[str]   # questions that lack a step, by name
 
     @property
     def joined(self) -> str:
-        return (f"{len(self.samples):,} samples joined from {self.steps.total():,} steps ({listed(self.steps)}); "
+        kinds = listed(Counter(step.kind for step in self.steps))
+        return (f"{len(self.samples):,} samples joined from {len(self.steps):,} steps ({kinds}); "
                 f"{len(self.incomplete)} incomplete")
 
 
@@ -318,9 +362,17 @@ def read(task: str, path: Path | str, split: str) -> Reading:
         except DataError as err:
             wrong.append(str(err))
     if not in_steps:
-        return Reading(file, done, Counter(), wrong, [])
+        return Reading(file, done, [], wrong, [])
     samples, incomplete = join_steps(done, images)
-    return Reading(file, samples, Counter(step.kind for step in done), wrong, incomplete)
+    return Reading(file, samples, done, wrong, incomplete)
+
+
+def sound(reading: Reading) -> Reading:
+    """The same reading; raises DataError for the first row that is wrong."""
+    if reading.wrong:
+        more = f" (and {len(reading.wrong) - 1} more: --check-data lists them)" if len(reading.wrong) > 1 else ""
+        raise DataError(reading.wrong[0] + more)
+    return reading
 
 
 def load(task: str, path: Path | str, split: str) -> list[Sample]:
@@ -329,13 +381,22 @@ def load(task: str, path: Path | str, split: str) -> list[Sample]:
     `path` is a MAT folder as on the hub; for text-only tasks a FlashRAG folder or one .jsonl file. No image is opened.
     Raises DataError for the first row that is wrong. Questions that lack a step are left out: see `join_report`.
     """
-    reading = read(task, path, split)
-    if reading.wrong:
-        more = f" (and {len(reading.wrong) - 1} more: --check-data lists them)" if len(reading.wrong) > 1 else ""
-        raise DataError(reading.wrong[0] + more)
+    reading = sound(read(task, path, split))
     if not reading.samples:
         raise DataError(f"{reading.file}: no question has all its steps, the first is {reading.incomplete[0]}")
     return reading.samples
+
+
+def load_steps(task: str, path: Path | str) -> list[StepSample]:
+    """The training rows of mat-coding or mat-search one by one, in the order of the file, as the authors train on them.
+
+    Raises DataError for the first row that is wrong, and for a task whose data has no steps.
+    """
+    images = find_file(task, Path(path), "train")[1]
+    if images is None:
+        raise DataError(f"task {task} has no single steps to train on; --protocol episodes trains on its questions")
+    steps = sound(read(task, path, "train")).steps
+    return [step_sample(task, step, number, images) for number, step in enumerate(steps, start=1)]
 
 
 def join_report(task: str, path: Path | str) -> list[str]:

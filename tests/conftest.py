@@ -1,7 +1,10 @@
 """What the tests share: the modules on the path, the embedded checkpoint, one sandbox, MAT-mini in memory."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test goes to the network, wherever there is one
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

@@ -77,7 +77,7 @@ class Config:
     threads: int | None = option(None, "of the CPU; 0: torch's own choice; default: 1 for data/tiny (steady beside "
                                        "other programs), else 0")
     seed: int = option(0, "of data order and sampling; the same seed gives the same run (CPU)")
-    steps: int | None = option(None, "training steps; default: 80 for data/tiny, else 1400 (the paper's checkpoint)")
+    steps: int | None = option(None, "training steps; default: 70 for data/tiny, else 1400 (the paper's checkpoint)")
     system_prompt: str | None = option(None, "file with the words to ask in; default: those that the checkpoint was "
                                              "trained with, else our own")
     protocol: str = option("episodes", "episodes: several turns, tools in the loop; paper: one growing message, training "
@@ -126,8 +126,9 @@ class Config:
     scale: str = option("group", "what advantages are divided by; paper: group", grpo.SCALES)
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high (cispo: above clip_high)")
-    inner_epochs: int = option(1, "passes over a step's episodes; with 1 (the paper) and 1 minibatch the ratio is 1")
-    minibatches: int = option(1, "optimiser steps in each pass")
+    inner_epochs: int | None = option(None, "passes over a step's episodes; default: 2 for data/tiny, else 1 (the paper: "
+                                            "with one pass and one minibatch the ratio is 1)")
+    minibatches: int | None = option(None, "optimiser steps in each pass; default: 2 for data/tiny, else 1 (the paper)")
     micro_batch: int | None = option(None, "episodes in one forward pass; default: 16 for data/tiny, else 2")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; paper: 1")
     flat_groups: str = option("drop", "groups of equal rewards: drop them from the update or keep them (KL only)",
@@ -145,8 +146,8 @@ class Config:
 
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
-    "steps": (80, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
-    "micro_batch": (16, 2), "threads": (1, 0)}
+    "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
+    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0)}
 
 
 def parse_options(arguments: list[str]) -> Config:

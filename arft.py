@@ -14,7 +14,7 @@ and everything else in this file is what a person needs around it: options, eval
 records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and in minutes;
 the same code with another model folder and another data folder is the real thing.
 
-Read next: policy.py, rollout.py, tools.py, rewards.py, grpo.py, in this order.
+Read next: policy.py, rollout.py, tools.py, rewards.py, grpo.py, in this order; paper.py last.
 Left out: several GPUs; LoRA; a resumed run (checkpoint/ has what it will need).
 """
 

@@ -196,13 +196,15 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """
     stats, count, skipped = defaultdict(float), 0, 0
     logp_error = 0.0
+    logp_ref = None if reference is None else reference_logp(reference, episodes, config)
     for _ in range(config.inner_epochs):
         order = (torch.randperm(len(episodes), generator=generator, device=generator.device)
                  if config.minibatches > 1 else torch.arange(len(episodes)))
         for rows in order.chunk(config.minibatches):
             rows = sorted(rows.tolist(), key=lambda i: len(episodes[i].ids))    # like lengths: little padding
             optimizer.zero_grad(set_to_none=True)
-            part, error = _accumulate(policy, reference, [episodes[i] for i in rows], advantages[rows], config)
+            part, error = _accumulate(policy, [episodes[i] for i in rows], advantages[rows],
+                                      logp_ref and [logp_ref[i] for i in rows], config)
             if count + skipped == 0:
                 logp_error = error
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -218,20 +220,30 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
         "logp_error": logp_error, "updates": count, "skipped_updates": skipped}
 
 
-def _accumulate(policy, reference, episodes, advantages, config) -> tuple[dict[str, float], float]:
+def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
+    """Log-probs of each episode's sampled ids under the reference, [its length]: once a step, for all passes."""
+    logps = [None] * len(episodes)
+    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].ids))
+    for start in range(0, len(order), config.micro_batch):
+        rows = order[start:start + config.micro_batch]
+        with torch.no_grad():
+            logp, _ = episode_logp(reference, collate(reference, [episodes[i] for i in rows]), config.temperature)
+        for i, row in zip(rows, logp):
+            logps[i] = row[:len(episodes[i].ids)]
+    return logps
+
+
+def _accumulate(policy, episodes, advantages, logp_ref, config) -> tuple[dict[str, float], float]:
     """Adds the gradient of one minibatch, a micro-batch at a time. Returns its statistics and logp error."""
     tokens = torch.tensor([sum(e.mask) for e in episodes])                 # sampled ids of each episode
     stats, error = defaultdict(float), 0.0
     for start in range(0, len(episodes), config.micro_batch):
         part = slice(start, start + config.micro_batch)
         batch = collate(policy, episodes[part])
-        logp_ref = None
-        if reference is not None:
-            with torch.no_grad():
-                logp_ref, _ = episode_logp(reference, batch, config.temperature)
+        ref = logp_ref and torch.nn.utils.rnn.pad_sequence(logp_ref[part], batch_first=True)      # [B, T]
         logp, entropy = episode_logp(policy, batch, config.temperature)
         loss, values = policy_loss(
-            logp, batch.logp_old, logp_ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,
+            logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,
             clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, max_length=config.max_sampled)
         # A micro-batch counts for its share of what the loss averages over, so that cutting changes nothing.
         by_tokens = (tokens[part].sum() / tokens.sum()).item()

@@ -32,7 +32,8 @@ Not covered:
 - other programs slow down: each worker may keep one core busy;
 - without landlock a chroot stands in (then only preloaded modules can be imported); what a machine lacks beyond that
   is said by `Sandbox.describe()`, measured by trying, and `strict=True` refuses to start.  On macOS nothing but
-  the limits, the clean environment and the separate process is there: files and network are open.
+  the limits, the clean environment and the separate process is there: files and network are
+  open.  Windows is not supported.
 """
 
 import io

@@ -380,7 +380,7 @@ class Trainer:
         rewards = score(episodes, config)
         totals = torch.tensor([reward.total for reward in rewards])                        # [N]
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
-        rows, stats = teaching_rows(totals, config), {}
+        rows, stats = teaching_rows(totals, config), dict.fromkeys(grpo.STATISTICS)     # None where nothing is taught
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self.rate()
         with clock.phase("update"):
@@ -526,9 +526,9 @@ class Run:
     def step_line(self) -> str:
         """The last step in at most 100 columns."""
         m = self.metrics[-1]
-        return (f"step {m['step']:4d} | reward {m['reward_mean']:.2f} | EM {m['em']:.2f} | problem {m['problem']:.2f} | "
-                f"KL {m.get('kl', 0):.3f} | entropy {m.get('entropy', 0):.2f} | "
-                f"tools {m['tool_calls']}, {m['tool_failures']} failed | {m['seconds']:.1f} s")
+        return (f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}  problem {m['problem']:.2f}  "
+                f"KL {m['kl'] or 0:.3f}  entropy {m['entropy'] or 0:.2f}  "
+                f"tools {m['tool_calls']}, {m['tool_failures']} failed  {m['seconds']:.1f} s")
 
     def save_checkpoint(self, trainer: Trainer) -> None:
         """checkpoint/: model and training state after the last complete step; the new one is complete before the old one goes."""

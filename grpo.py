@@ -39,6 +39,7 @@ from rollout import Episode
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 TOKEN_MEANS = ("dapo", "cispo")          # loss types that average over all tokens of the batch at once
 SCALES = ("group", "batch", "none")
+STATISTICS = ("loss", "kl", "ratio", "clip_fraction", "entropy", "grad_norm", "logp_error", "updates", "skipped_updates")
 
 # --- advantages ------------------------------------------------------------------------------------
 
@@ -191,7 +192,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
 
     `config` has inner_epochs, minibatches, micro_batch, temperature, loss_type, clip_low, clip_high, beta,
     max_sampled and max_grad_norm. A minibatch whose gradient is not finite is skipped and counted.
-    Returns means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
+    Returns STATISTICS, means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
     before the first optimiser step.
     """
     stats, count, skipped = defaultdict(float), 0, 0

@@ -95,7 +95,8 @@ def test_bad_rows_and_images_name_file_and_field(tmp_path, capsys):
 
 
 def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
-    code, out = run(tmp_path, *SHORT, "--eval-every", "1", "--inner-epochs", "2", "--minibatches", "2")
+    code, out = run(tmp_path, *SHORT, "--eval-every", "1", "--inner-epochs", "2", "--minibatches", "2",
+                    "--flat-groups", "keep")
     assert code == 0
     assert {p.name for p in out.iterdir()} == {
         "config.json", "metrics.jsonl", "episodes.jsonl", "predictions-before.json", "predictions-after.json",
@@ -168,6 +169,16 @@ def test_model_text_in_the_report_is_escaped(tmp_path):
     report.finish(None, config)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;" in page
+
+
+def test_a_step_that_teaches_nothing_has_no_statistics_and_changes_nothing(tmp_path, monkeypatch):
+    true = arft.episode_reward
+    monkeypatch.setattr(arft, "episode_reward", lambda e, **k: dataclasses.replace(true(e, **k), total=1.0))
+    code, out = run(tmp_path, *SHORT)
+    assert code == 0
+    assert all(m["zero_variance"] == 1 and m["kl"] is None and m["updates"] is None for m in lines(out / "metrics.jsonl"))
+    start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
+    assert all(torch.equal(start[k], end[k]) for k in start)
 
 
 def test_groups_of_equal_rewards_are_dropped_or_kept():

@@ -356,7 +356,8 @@ def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training):
 @published
 def test_one_step_on_the_published_search_row(tmp_path):
     code, out = run(tmp_path, "--task", "mat-search", "--steps", 1, "--data", MAT_SAMPLE, "--protocol", "paper",
-                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep")
+                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep",
+                    "--inner-epochs", 1, "--minibatches", 1)
     assert code == 0
     step = json.loads((out / "metrics.jsonl").read_text())
     assert step["answer"] == step["em"] == step["problem"] == 0.0 and step["updates"] == 1

@@ -225,7 +225,8 @@ def complete(config: Config) -> list[str]:
             setattr(config, name, for_small if small else for_others)
     if config.out is None:
         config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return [f"{name + ':':8}{getattr(config, name)} ({reason})" for name, reason in why.items()]
+    here = f"{Path.cwd()}{os.sep}"
+    return [f"{name + ':':8}{getattr(config, name)} ({reason})".replace(here, "") for name, reason in why.items()]
 
 
 def choose_data(config: Config, small: bool) -> str | None:

@@ -143,9 +143,7 @@ class Rows:
     def step(self, ids: torch.Tensor, active: torch.Tensor) -> None:
         """Adds one sampled text id to each active row; the others get a hole. ids, active: [B]."""
         where = self.position[None, :, None].expand(3, -1, 1)
-        previous = self.last
         self._forward(ids[:, None], where, active.long()[:, None], [], torch.zeros_like(ids))
-        self.last = torch.where(active[:, None], self.last, previous)
         self.position = self.position + active.long()
 
     def _forward(self, ids, positions, new_attention, features, newest):

@@ -261,10 +261,11 @@ def test_with_tools_off_the_image_stays_as_it_was(policy, samples, monkeypatch):
 
 
 def test_every_way_to_end(policy, samples, sandbox, monkeypatch):
-    play(monkeypatch, policy, [[answer("1")], [problem("dark")] * 3, [answer("12345") + "..."]])
-    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=3, max_turns=3)
-    assert [e.ended for e in episodes] == ["answer", "turns", "cut"]
-    assert [e.answer for e in episodes] == ["1", None, None], "an answer without its end of turn is none"
+    play(monkeypatch, policy, [[answer("1")], [problem("dark")] * 3, [answer("12345") + "..."],
+                               [problem("dark") + "...", answer("1")]])
+    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=4, max_turns=3)
+    assert [e.ended for e in episodes] == ["answer", "turns", "cut", "cut"]
+    assert [e.answer for e in episodes] == ["1", None, None, None], "an answer without its end of turn is none"
     assert episodes[1].turns[-1].observation is None
 
 

@@ -184,6 +184,9 @@ def check(config: Config) -> None:
     instead = [name for name in ("check_data", "score", "compare") if getattr(config, name)]
     if len(instead) > 1:
         raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1]} cannot be had at once; choose one")
+    for name in ("crop_box", "code_errors", "step_side"):
+        if config.protocol == "episodes" and getattr(config, name) != getattr(Config, name):
+            raise UsageError(f"--{name.replace('_', '-')} is an option of the paper's way; add --protocol paper")
     if config.model:
         check_name(config.model)
     if config.system_prompt:

@@ -63,6 +63,7 @@ def test_unknown_flags_and_values_end_with_code_2(arguments, message, capsys):
     (["--temperature", "0"], "--temperature 0.0: must be a positive number"),
     (["--lr", "nan"], "must be a positive number"),
     (["--device", "cuda:7"], "--device cpu"),
+    (["--crop-box", "model"], "add --protocol paper"),
     (["--model", "no/such/folder"], "does not exist"),
     (["--data", "{tmp}/nothing"], "nothing"),
     (["--out", "{tmp}"], "exists; nothing was overwritten"),

@@ -50,7 +50,7 @@ def test_values_reach_the_config_with_their_type():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "mat-cooking"], "mat-cooking"), (["--learning-rate", "1"], "--learning-rate"),
-    (["--step", "1"], "--step"), (["--lr", "fast"], "fast")])
+    (["--warm", "1"], "--warm"), (["--lr", "fast"], "fast")])
 def test_unknown_flags_and_values_end_with_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -23,10 +23,7 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import random
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -37,13 +34,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import transformers
-from jinja2 import Environment, FileSystemLoader
 from tqdm import tqdm
 
 import grpo
 import paper
 from data import mat, mini
 from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, check_name, load
+from record import HEADER, Run, score_row, table
 from rewards import SCORERS, compare, episode_reward, score_answer, score_predictions, step_reward, summarize
 from rollout import Clock, Episode, Limits, rollout
 from tools import Sandbox, SandboxError
@@ -317,11 +314,11 @@ def em_by_problem(episodes: list[Episode], scorer: str) -> dict[str, dict]:
 
 
 def evaluate_both(policy, samples, tools, config, clock, title):
-    """Greedy evaluation with the sampled one (temperature 1) under "sampled"; and the greedy episodes."""
+    """Greedy evaluation with the sampled one (temperature 1) under "sampled"; the greedy episodes; their rewards."""
     summary, episodes = evaluate(policy, samples, tools, config, 0.0, clock, f"{title}, greedy")
     sampled, _ = evaluate(policy, samples, tools, config, 1.0, clock, f"{title}, sampled")
     summary["sampled"] = sampled
-    return summary, episodes
+    return summary, episodes, score(episodes, config)
 
 
 # --- training --------------------------------------------------------------------------------------------
@@ -401,16 +398,16 @@ class Trainer:
         return {"step": self.steps, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
 
 
-def train(trainer: Trainer, run: "Run", held_out: list) -> None:
+def train(trainer: Trainer, run: Run, held_out: list) -> None:
     """Steps, records, checkpoints. Whatever ends it early (Ctrl-C, a bad image), what was learned is saved."""
     config, saved = trainer.config, 0
     bar = tqdm(range(1, config.steps + 1), desc="training", unit="step")
     try:
         for step in bar:
-            run.record_step(step, trainer.step(), config)
+            run.record_step(step, trainer.step())
             tqdm.write(run.step_line())
             if config.eval_every and step % config.eval_every == 0:
-                summary, _ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
+                summary, *_ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
                 run.record_evaluation(step, summary)
             if step % config.save_every == 0:
                 run.save_checkpoint(trainer)
@@ -421,165 +418,6 @@ def train(trainer: Trainer, run: "Run", held_out: list) -> None:
     finally:
         if run.steps > saved:
             run.save_checkpoint(trainer)
-
-
-# --- the run folder ---------------------------------------------------------------------------------------
-
-
-def rounded(value, digits: int = 6):
-    """Numbers as a person would log them; dictionaries and lists inside, too."""
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v, digits) for v in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
-
-
-def step_metrics(step: int, done: dict, group_size: int) -> dict:
-    """One line of metrics.jsonl."""
-    episodes, rewards, totals = done["episodes"], done["rewards"], done["totals"]
-    groups, turns = totals.view(-1, group_size), [t for e in episodes for t in e.turns]
-    runs = [t.execution for t in turns if t.execution is not None]
-    sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
-
-    def mean(name: str) -> float:       # a single step has an answer, or a problem, or neither
-        known = [value for r in rewards if (value := getattr(r, name)) is not None]
-        return float(np.mean(known)) if known else 0.0
-
-    return rounded({
-        "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
-        "answer": mean("answer"), "format": mean("format"), "problem": mean("problem"), "em": mean("em"),
-        **({"accuracy": mean("accuracy")} if rewards[0].accuracy is not None else {}),
-        "group_std": groups.std(dim=1).mean().item(),
-        "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
-        **done["stats"],
-        "tool_calls": len(runs), "tool_failures": sum(r.image is None for r in runs),
-        "turns": len(turns) / len(episodes), "tokens": sampled / len(episodes),
-        "tokens_per_second": sampled / max(sum(v for k, v in seconds.items() if k != "update"), 1e-9),
-        "seconds": done["seconds"], "seconds_by_phase": dict(seconds)})
-
-
-class Run:
-    """The folder of one run, and what is written there."""
-
-    def __init__(self, config: Config):
-        self.folder, self.clock, self.started = Path(config.out), Clock(), time.perf_counter()
-        self.metrics, self.curve, self.summary = [], [], {}
-        self.interrupted, self.group_size = False, config.group_size
-        (self.folder / "images").mkdir(parents=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "transformers": transformers.__version__, "numpy": np.__version__}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-        self.write_json("config.json", dataclasses.asdict(config) | {"versions": versions, "commit": commit or None})
-
-    @property
-    def steps(self) -> int:
-        return len(self.metrics)
-
-    def write_json(self, name: str, value) -> None:
-        (self.folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
-
-    def append(self, name: str, *objects: dict) -> None:
-        with open(self.folder / name, "a") as file:
-            file.writelines(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
-
-    def record_step(self, step: int, done: dict, config: Config) -> None:
-        self.metrics.append(step_metrics(step, done, config.group_size))
-        for phase, seconds in done["clock"].seconds.items():
-            self.clock.seconds[phase] += seconds
-        self.append("metrics.jsonl", self.metrics[-1])
-        records = [self.episode_record(f"step-{step}", i, episode, reward, float(advantage), i < config.group_size)
-                   for i, (episode, reward, advantage)
-                   in enumerate(zip(done["episodes"], done["rewards"], done["advantages"]))]
-        self.append("episodes.jsonl", *records)
-
-    def episode_record(self, when: str, i: int, episode: Episode, reward, advantage: float | None, images: bool) -> dict:
-        """What was shown, written and returned; with `images`, the returned images as files. "ran": the program, where
-        it is not the text as written (--crop-box question)."""
-        turns = []
-        for k, turn in enumerate(episode.turns):
-            run = turn.execution
-            name = None
-            if run is not None and run.image is not None and images:
-                name = f"images/{when}-{i}-{k}.png"
-                run.image.save(self.folder / name)
-            ran = turn.action.value if run is not None and turn.action.value not in turn.text else None
-            turns.append({"text": turn.text, "action": turn.action.kind, "finished": turn.finished, "ran": ran,
-                          "observation": turn.observation, "image": name,
-                          "error": run.error if run is not None else None})
-        sample = episode.sample
-        return {"when": when, "sample": sample.id, "image": str(sample.image_path) if sample.image_path else None,
-                "question": sample.question, "gold": list(sample.golds), "problems": list(sample.problems),
-                "split": sample.split, "turns": turns, "answer": episode.answer, "ended": episode.ended,
-                "reward": rounded(dataclasses.asdict(reward)), "advantage": rounded(advantage)}
-
-    def record_evaluation(self, when: int | str, summary: dict, episodes: list | None = None, config=None) -> None:
-        """Keeps a summary; before and after training also every prediction and episode."""
-        self.summary[str(when)] = rounded(summary)
-        self.curve = [point for point in self.curve if point["step"] < self.steps]     # "after" may be its last, too
-        self.curve.append({"step": self.steps, "greedy": summary["em"], "sampled": summary["sampled"]["em"]})
-        if episodes is None:
-            return
-        self.write_json(f"predictions-{when}.json", [
-            {"id": int(e.sample.id) if e.sample.id.isdigit() else e.sample.id, "gt": list(e.sample.golds),
-             "pred_answer": e.answer, "split": e.sample.split} for e in episodes])
-        rewards = score(episodes, config)
-        self.append("episodes.jsonl", *(self.episode_record(str(when), i, e, r, None, True)
-                                        for i, (e, r) in enumerate(zip(episodes, rewards))))
-
-    def step_line(self) -> str:
-        """The last step in at most 100 columns."""
-        m = self.metrics[-1]
-        return (f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}  problem {m['problem']:.2f}  "
-                f"KL {m['kl'] or 0:.3f}  entropy {m['entropy'] or 0:.2f}  "
-                f"tools {m['tool_calls']}, {m['tool_failures']} failed  {m['seconds']:.1f} s")
-
-    def save_checkpoint(self, trainer: Trainer) -> None:
-        """checkpoint/: model and training state after the last complete step; the new one is complete before the old one goes."""
-        new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
-        trainer.policy.save(new)
-        torch.save(trainer.state(), new / "training_state.pt")
-        if old.exists():
-            shutil.rmtree(old)
-        new.rename(old)
-
-    def finish(self, policy: Policy, config: Config) -> None:
-        """model/, summary.json and report.html."""
-        if self.steps:
-            policy.save(self.folder / "model")
-        seconds = rounded(dict(self.clock.seconds))
-        summary = {name: self.summary[name] for name in ("before", "after") if name in self.summary}
-        self.write_json("summary.json", summary | {
-            "steps": self.steps, "interrupted": self.interrupted,
-            "seconds": round(time.perf_counter() - self.started, 1), "seconds_by_phase": seconds, "curve": self.curve})
-        page = Environment(loader=FileSystemLoader(HERE / "data"), autoescape=True).get_template("report.html")
-        (self.folder / "report.html").write_text(page.render(
-            config=dataclasses.asdict(config), metrics=self.metrics, curve=self.curve, summary=summary, phases=seconds))
-
-
-HEADER = f"{'':22}{'n':>6}  {'EM %':>6} {'[95%]':>16}  {'F1 %':>6} {'[95%]':>16}"
-
-
-def score_row(name: str, s: dict) -> str:
-    """One line under HEADER, in percent with two digits, as the paper prints them."""
-    low, high, flow, fhigh = (100 * v for v in (*s["em_ci95"], *s["f1_ci95"]))
-    return (f"{name:22}{s['n']:6d}  {100 * s['em']:6.2f} [{low:6.2f}, {high:6.2f}]  "
-            f"{100 * s['f1']:6.2f} [{flow:6.2f}, {fhigh:6.2f}]")
-
-
-def table(summary: dict) -> str:
-    """Before and after, greedy and sampled, by split and by both scorers."""
-    lines = [HEADER]
-    for when in ("before", "after"):
-        if when in summary:
-            lines.append(score_row(f"{when}, greedy", summary[when]))
-            lines += [score_row(f"  {split}", part) for split, part in summary[when].get("splits", {}).items()]
-            if "damaged" in summary[when].get("by_problem", {}):
-                damaged = summary[when]["by_problem"]["damaged"]
-                lines.append(f"{'  damaged images':22}{damaged['n']:6d}  {100 * damaged['em']:6.2f}")
-            lines += [score_row(f"  {name} scorer", summary[when][name]) for name in SCORERS if name in summary[when]]
-            lines.append(score_row(f"{when}, sampled", summary[when]["sampled"]))
-    return "\n".join(lines)
 
 
 # --- files, without a model ---------------------------------------------------------------------------------
@@ -679,12 +517,11 @@ def start(config: Config) -> int:
         print(f"tools:  {sandbox.describe()}" if config.tools == "on" else "tools:  off; programs return the image as it is")
         tools = sandbox if config.tools == "on" else None
         try:
-            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"), config)
+            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
             if not config.eval_only:
                 train(Trainer(policy, training, tools, config), run, held_out)
                 if not run.interrupted:
-                    run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"),
-                                          config)
+                    run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"))
         except KeyboardInterrupt:
             run.interrupted = True
         finally:        # a bad image in the middle must not cost what was learned before it

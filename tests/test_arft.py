@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import arft
+import record
 from arft import Config, UsageError, main, parse_options
 from conftest import ROOT
 from data.mat import DataError
@@ -166,7 +167,7 @@ def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_pa
 
 def test_model_text_in_the_report_is_escaped(tmp_path):
     config = Config(out=str(tmp_path / "run"), model="<script>alert(1)</script>", steps=0)
-    report = arft.Run(config)
+    report = record.Run(config)
     report.finish(None, config)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;" in page

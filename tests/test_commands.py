@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 
 import arft
+import record
 from arft import Config, UsageError, main
 from conftest import ROOT
 from data import mat
@@ -299,7 +300,7 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
         assert summary["em"] == right and summary[other]["em"] == 1 - right and scorer not in summary
         assert summary["by_problem"]["none"]["em"] == right
         assert arft.score(episodes, config)[0].answer == right
-        text = arft.table({"before": summary | {"sampled": summary}})
+        text = record.table({"before": summary | {"sampled": summary}})
         assert numbers(text, f"  {other} scorer")[1] == 100 * (1 - right)
         assert numbers(text, "before, greedy")[1] == 100 * right
 
@@ -309,9 +310,9 @@ def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samp
     play(monkeypatch, policy, problem("crop"), CROP, answer("1"))
     episode, = attempt(policy, [sample], sandbox)
     config = Config(out=str(tmp_path / "run"))
-    record = arft.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0], None, True)
-    assert "[28:56, 0:56]" in record["turns"][1]["ran"] and "[3:9, 2:40]" in record["turns"][1]["text"]
-    assert record["turns"][0]["ran"] is None and (tmp_path / "run" / record["turns"][1]["image"]).exists()
+    kept = record.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0], None, True)
+    assert "[28:56, 0:56]" in kept["turns"][1]["ran"] and "[3:9, 2:40]" in kept["turns"][1]["text"]
+    assert kept["turns"][0]["ran"] is None and (tmp_path / "run" / kept["turns"][1]["image"]).exists()
 
 
 def test_what_a_row_does_not_have_is_not_averaged(policy, samples, monkeypatch):
@@ -324,7 +325,7 @@ def test_what_a_row_does_not_have_is_not_averaged(policy, samples, monkeypatch):
     episodes = attempt(policy, rows, group_size=2)
     rewards = arft.score(episodes, Config(protocol="paper"))
     totals = arft.torch.tensor([reward.total for reward in rewards])
-    metrics = arft.step_metrics(1, {"episodes": episodes, "rewards": rewards, "totals": totals, "stats": {},
+    metrics = record.step_metrics(1, {"episodes": episodes, "rewards": rewards, "totals": totals, "stats": {},
                                     "clock": Clock(), "seconds": 1.0}, 2)
     assert totals.tolist() == [2, 2, 0, 0]
     assert [metrics[name] for name in ("problem", "answer", "em", "accuracy", "format")] == [1, 0, 0, 0.5, 0.5]

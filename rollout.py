@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from data.mat import Sample
 from policy import ImageInput, Policy
-from tools import Action, Execution, Sandbox, parse
+from tools import Action, Execution, Passage, Sandbox, parse
 
 # What the environment says. The first and the last two also tell the model what it may do next.
 REPLY_PROBLEM = "Write the code that repairs it."
@@ -36,6 +36,8 @@ REPLY_NONE = "Answer the question."
 REPLY_IMAGE = "This is the image now."
 REPLY_FAILED = "The code failed: {error}"
 REPLY_MALFORMED = "Not understood: {error} Write one thought and one action."
+REPLY_FOUND = "<information> {passages} </information>"
+REPLY_SEARCH_FAILED = "Search failed: {error}"
 REPLY_NO_SEARCH = "Search is not available here."
 
 
@@ -235,6 +237,16 @@ def _reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
 
 
 # --- whole episodes -----------------------------------------------------------------------------
+
+
+def information(passages: list[Passage]) -> str:
+    """What a search found, in the paper's form, with the passages' titles.
+
+    >>> information([Passage("Oslo", "", "The mayor of Oslo is Vera."), Passage("Bern", "", "A town.")])
+    '<information> 1. Content:Oslo. The mayor of Oslo is Vera. 2. Content:Bern. A town. </information>'
+    """
+    told = [f"{i}. Content:{passage.title}. {passage.text}" for i, passage in enumerate(passages, start=1)]
+    return REPLY_FOUND.format(passages=" ".join(told) or "Nothing was found.")
 
 
 def begin(policy: Policy, samples: list[Sample]) -> list[Episode]:

@@ -66,6 +66,14 @@ ONE_HEAP = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:
                                                         "glibc.malloc.top_pad=8388608"}
 
 
+@dataclass(frozen=True)
+class Passage:
+    """Something that a search found."""
+    title: str
+    url: str        # "" where the source has none
+    text: str
+
+
 # --- The parser ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ where the stated repair does not restore the sign, the answer's digits have no w
     python -m data.make_tiny            # a quarter of an hour on two cores; writes data/tiny
     python -m data.make_tiny --table    # only measures the table in data/tiny/README.md
 
-Read next: arft.py, which trains the result. Left out: everything a large model learns before.
+Read next: make_tiny_search.py, the same for search; arft.py, which trains the result. Left out: everything a large model learns before.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import json
 import math
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -73,20 +74,20 @@ CHAT_TEMPLATE = (
 # --- the checkpoint's parts ----------------------------------------------------------------------------
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the demonstrator's language, with Qwen2.5-VL's special tokens.
+# Words keep the space or line break before them and digits stand alone: half as many ids as Qwen's own splitting,
+# which halves everything the laptop has to compute.
+WORDS = r"[\r\n]*</?[a-z]+>|\p{N}|[\r\n]*[^\S\r\n]?[{}'\",]+|[\r\n]*[^\S\r\n]?[^\s\p{N}<{}'\",]+|<|\s*[\r\n]+|\s+"
 
-    Words keep the space or line break before them and digits stand alone: half as many ids as
-    Qwen's own splitting, which halves everything the laptop has to compute.
-    """
-    split = Regex(r"[\r\n]*</?[a-z]+>|\p{N}|[\r\n]*[^\S\r\n]?[{}'\",]+|[\r\n]*[^\S\r\n]?[^\s\p{N}<{}'\",]+|<|\s*[\r\n]+|\s+")
+
+def make_tokenizer(texts: Iterable[str], words: str = WORDS) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over a demonstrator's language, cut at `words`, with Qwen2.5-VL's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   special_tokens=[], show_progress=False)
-    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    additional_special_tokens=list(SPECIAL[3:]), chat_template=CHAT_TEMPLATE)
@@ -128,11 +129,12 @@ def make_model(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-def make_policy() -> Policy:
+def make_policy(texts: Iterable[str], words: str = WORDS, system: str = SYSTEM) -> Policy:
+    """The model that will be taught, drawn at random."""
     processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=1,
                                          min_pixels=VIEW * VIEW, max_pixels=VIEW * VIEW)
-    tokenizer = make_tokenizer()
-    return Policy(make_model(tokenizer), tokenizer, processor, SYSTEM)
+    tokenizer = make_tokenizer(texts, words)
+    return Policy(make_model(tokenizer), tokenizer, processor, system)
 
 
 # --- the careless demonstrator ---------------------------------------------------------------------------
@@ -186,14 +188,14 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
         stated = stated_problem(truth, rng)
     image = policy.image_input(view)
     episode, weights = Episode(Sample("", sample["question"], (sample["answer"],), None)), []
-    _grow(policy, episode, weights, policy.prompt_ids(sample["question"], [image]), 0.0, [image])
+    grow(policy, episode, weights, policy.prompt_ids(sample["question"], [image]), 0.0, [image])
     careless = rng.random() < CARELESS and stated != ("none",)
     readable = stated == truth and not careless
     for kind, body in _turn_bodies(stated, sample, rng, careless):
         if rng.random() < BOTCHED and not read_only:
             _botch(policy, episode, weights, kind, body, rng)
         ids = [*policy.text_ids(turn_text(kind, body, rng)), policy.im_end]
-        _grow(policy, episode, weights, ids, 0.0 if read_only else 1.0)
+        grow(policy, episode, weights, ids, 0.0 if read_only else 1.0)
         if kind == "answer":        # the digits: the ids before "</answer>" and the end of the turn
             for k in range(len(body)):
                 weights[-3 - k] = 4.0 if readable else 0.0
@@ -201,11 +203,11 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
             if not read_only and rng.random() < DIAGNOSIS_ONLY:
                 break
             reply, images = (rollout.REPLY_NONE if stated == ("none",) else rollout.REPLY_PROBLEM), []
-            _grow(policy, episode, weights, policy.observation_ids(reply, images), 0.0, images)
+            grow(policy, episode, weights, policy.observation_ids(reply, images), 0.0, images)
         else:
             view = run_trusted(body.split("```")[1].removeprefix("python\n").rstrip("\n"), view)
             images = [policy.image_input(view)]
-            _grow(policy, episode, weights, policy.observation_ids(rollout.REPLY_IMAGE, images), 0.0, images)
+            grow(policy, episode, weights, policy.observation_ids(rollout.REPLY_IMAGE, images), 0.0, images)
     return episode, weights
 
 
@@ -219,11 +221,11 @@ def _botch(policy, episode, weights, kind, body, rng) -> None:
     else:
         text = turn_text(kind, body, rng).removesuffix(f"</{kind}>")
         reply = rollout.REPLY_MALFORMED.format(error=parse(text).error)
-    _grow(policy, episode, weights, [*policy.text_ids(text), policy.im_end], 0.0)
-    _grow(policy, episode, weights, policy.observation_ids(reply, []), 0.0)
+    grow(policy, episode, weights, [*policy.text_ids(text), policy.im_end], 0.0)
+    grow(policy, episode, weights, policy.observation_ids(reply, []), 0.0)
 
 
-def _grow(policy, episode, weights, ids, weight, images=()):
+def grow(policy, episode, weights, ids, weight, images=()):
     episode.append(ids, mask=0, images=list(images), holders=sum(map(policy.image_tokens, images)))
     weights += [weight] * len(ids)
 
@@ -232,20 +234,20 @@ def _grow(policy, episode, weights, ids, weight, images=()):
 
 
 class Demonstrations(torch.utils.data.IterableDataset):
-    """Endless fresh demonstrations, drawn in a process of their own.
+    """Endless fresh demonstrations, drawn in a process of their own. demonstrate: as the function above.
 
     Yields `batch` demonstrations as two collated batches, the short ones and the long ones, so that
     little is computed on padding; `mask` of a batch holds the loss weight of each id.
     """
 
-    def __init__(self, policy: Policy, batch: int, seed: int, read_only: bool):
-        self.policy, self.batch, self.seed, self.read_only = policy, batch, seed, read_only
+    def __init__(self, policy: Policy, demonstrate, batch: int, seed: int, read_only: bool):
+        self.policy, self.demonstrate, self.batch, self.seed, self.read_only = policy, demonstrate, batch, seed, read_only
 
     def __iter__(self):
         torch.set_num_threads(1)
         rng = np.random.default_rng([self.seed, self.read_only])
         while True:
-            demos = [demonstrate(self.policy, rng, self.read_only or i % 5 == 0) for i in range(self.batch)]
+            demos = [self.demonstrate(self.policy, rng, self.read_only or i % 5 == 0) for i in range(self.batch)]
             demos.sort(key=lambda demo: len(demo[0].ids))
             short = sum(len(episode.ids) < 100 for episode, _ in demos)
             yield [self.collated(part) for part in (demos[:short], demos[short:]) if part]
@@ -265,11 +267,11 @@ def make_optimizers(model, lr: float):
             torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def train(policy: Policy, steps: int, read_only: bool, seed: int, lr: float = 2e-3, batch: int = 64):
+def train(policy: Policy, demonstrate, steps: int, read_only: bool, seed: int, lr: float = 2e-3, batch: int = 64):
     """Weighted next-id prediction on demonstrations; the rate warms up over 30 steps and falls to a tenth."""
     optimizers = make_optimizers(policy.model, lr)
-    loader = iter(torch.utils.data.DataLoader(Demonstrations(policy, batch, seed, read_only), batch_size=None,
-                                              num_workers=1, prefetch_factor=4))
+    demonstrations = Demonstrations(policy, demonstrate, batch, seed, read_only)
+    loader = iter(torch.utils.data.DataLoader(demonstrations, batch_size=None, num_workers=1, prefetch_factor=4))
     start, ema = time.time(), {}
     for step in range(steps):
         rate = lr * min(1, (step + 1) / 30) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -310,11 +312,11 @@ def read_em(policy: Policy, images: list[Image.Image], answers: list[str]) -> fl
     episodes = []
     for view in images:
         image, episode, weights = policy.image_input(view), Episode(Sample("", "", (), None)), []
-        _grow(policy, episode, weights, policy.prompt_ids(mini.QUESTIONS[0], [image]), 0.0, [image])
+        grow(policy, episode, weights, policy.prompt_ids(mini.QUESTIONS[0], [image]), 0.0, [image])
         stated = f"<think>{THOUGHTS['problem'][0]}</think>\n<problem>{{'none'}}</problem>"
         ids = [*policy.text_ids(stated), policy.im_end, *policy.observation_ids(rollout.REPLY_NONE, []),
                *policy.text_ids(f"<think>{THOUGHTS['answer'][0]}</think>\n<answer>")]
-        _grow(policy, episode, weights, ids, 0.0)
+        grow(policy, episode, weights, ids, 0.0)
         episodes.append(episode)
     written = [""] * len(images)
     for _ in range(2):              # two digits, greedily
@@ -378,28 +380,39 @@ def write_readme(folder: Path, count: int = 50) -> None:
         count=count, table=measure(policy, count), **facts))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def options_of(doc: str, home: Path, read_steps: int, trace_steps: int) -> argparse.Namespace:
+    """The command line of this script and of make_tiny_search.py."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--table", action="store_true", help="only measure again what the folder's README shows")
-    parser.add_argument("--out", type=Path, default=HOME)
-    parser.add_argument("--read-steps", type=int, default=200)
-    parser.add_argument("--trace-steps", type=int, default=550)
+    parser.add_argument("--out", type=Path, default=home)
+    parser.add_argument("--read-steps", type=int, default=read_steps)
+    parser.add_argument("--trace-steps", type=int, default=trace_steps)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def cold_start(options: argparse.Namespace, build, demonstrate, stored: torch.dtype = torch.float32) -> None:
+    """Builds a policy, teaches it and writes the checkpoint; training.json says how it was made."""
     torch.set_flush_denormal(True)      # denormal numbers slow a long run on the CPU down twofold
     torch.set_num_threads(1)            # the other core draws; flushing denormals holds for this thread alone
+    start = time.time()
+    torch.manual_seed(options.seed)
+    policy = build()
+    train(policy, demonstrate, options.read_steps, read_only=True, seed=options.seed)
+    train(policy, demonstrate, options.trace_steps, read_only=False, seed=options.seed)
+    policy.model.to(stored)
+    policy.save(options.out)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=HOME.parent).stdout.strip()
+    (options.out / "training.json").write_text(json.dumps({
+        "seed": options.seed, "read_steps": options.read_steps, "trace_steps": options.trace_steps,
+        "commit": commit or "unknown", "minutes": (time.time() - start) / 60}))
+
+
+def main():
+    options = options_of(__doc__, HOME, 200, 550)
     if not options.table:
-        start = time.time()
-        torch.manual_seed(options.seed)
-        policy = make_policy()
-        train(policy, options.read_steps, read_only=True, seed=options.seed)
-        train(policy, options.trace_steps, read_only=False, seed=options.seed)
-        policy.save(options.out)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=HOME.parent).stdout.strip()
-        (options.out / "training.json").write_text(json.dumps({
-            "seed": options.seed, "read_steps": options.read_steps, "trace_steps": options.trace_steps,
-            "commit": commit or "unknown", "minutes": (time.time() - start) / 60}))
+        cold_start(options, lambda: make_policy(_corpus()), demonstrate)
     write_readme(options.out)
     print(f"{options.out}/README.md")
 

@@ -1,0 +1,175 @@
+"""MAT-mini's search half: questions about ships that only a search can answer, drawn by a program.
+
+What it teaches: what a search benchmark needs so that the search is necessary. A picture shows the number of a ship
+and nothing else. Where the ship sails, and who its captain is, stands in one passage of a small corpus (simple); who
+the mayor of that town is, or where that captain was born, stands in a second passage that only names the town or the
+captain (hard: two searches, the second of which nobody can write before the first was answered).
+
+The files have MAT-Search's names and fields (Visual-ARFT, arXiv 2505.14246; the published laolao77/MAT), with the corpus
+beside them. Held-out ships, towns and people occur in no training question; their passages are in the same corpus.
+
+Read next: tools.py, which searches the corpus; data/make_tiny_search.py, the model that asks.
+Left out: everything that makes a real web search hard: ambiguity, contradiction, long pages.
+
+    python -m data.mini_search FOLDER       # writes it by hand; arft.py does so by itself
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import mini
+
+VERSION = 1                 # in the folder's name: a change of the world must not meet an old cache
+CORPUS = "corpus.jsonl"
+TOWNS = ("Oslo Lima Rome Bonn Kobe Riga Bern Cork Lyon Pisa Nice Bari Baku Doha Kyiv Graz Lodz Gent Tula Brno Faro Vigo "
+         "Kiel Hull Bath York Leith Delft Turku Malmo Tampa Quito Sucre Accra Lagos Dakar Tunis Sofia Minsk Vaduz Linz "
+         "Metz Brest Izmir Basra Busan Davao Perth").split()
+PEOPLE = ("Ada Bruno Clara Dario Elsa Felix Greta Hugo Irma Jonas Karla Leon Mina Nora Otto Paula Quin Rosa Sven Tilda "
+          "Ugo Vera Wanda Xenia Yusuf Zelda Amir Bella Cyril Dora Emil Fiona Gustav Helga Igor Judith Kemal Lotte Milan "
+          "Nadia Oskar Petra Ramon Silke Timo Ursula Viktor Willem").split()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One kind of question. The queries and the answer are filled in with a world's facts."""
+    text: str
+    hops: int               # searches that it takes
+    first: str              # what the ship's passage tells: town | captain
+    query: str = ""         # of the second search
+
+
+QUESTIONS = (Question("Where does this ship sail?", 1, "town"),
+             Question("Who is the captain of this ship?", 1, "captain"),
+             Question("Who is the mayor of the town where this ship sails?", 2, "town", "mayor of {}"),
+             Question("Where was the captain of this ship born?", 2, "captain", "birth of {}"))
+
+
+@dataclass(frozen=True)
+class World:
+    """Who sails where: the facts that the corpus tells."""
+    ships: dict[str, dict[str, str]]    # number -> {"town", "captain"}
+    mayors: dict[str, str]              # town -> person
+    births: dict[str, str]              # person -> town
+
+    def ship_passage(self, number: str) -> dict:
+        ship = self.ships[number]
+        return {"title": f"Ship {number}", "text": f"It sails to {ship['town']} under captain {ship['captain']}."}
+
+    def second_passage(self, name: str) -> dict:
+        """Of a town or a captain."""
+        if name in self.mayors:
+            return {"title": f"Town {name}", "text": f"The mayor of {name} is {self.mayors[name]}."}
+        return {"title": f"Captain {name}", "text": f"The birth of {name} was in {self.births[name]}."}
+
+    def second_answer(self, name: str) -> str:
+        """The mayor of a town, or the town where a captain was born."""
+        return self.mayors[name] if name in self.mayors else self.births[name]
+
+    def answer(self, question: Question, number: str) -> str:
+        first = self.ships[number][question.first]
+        return first if question.hops == 1 else self.second_answer(first)
+
+    def queries(self, question: Question, number: str) -> list[str]:
+        """The gold queries, in order."""
+        second = [question.query.format(self.ships[number][question.first])] if question.hops == 2 else []
+        return [f"ship {number}", *second]
+
+
+def pool(names: list[str], split: str) -> list[str]:
+    """Three quarters of the names are for training, the others for the test.
+
+    >>> len(pool(TOWNS, "train")), len(pool(PEOPLE, "test")), set(pool(TOWNS, "train")) & set(pool(TOWNS, "test"))
+    (36, 12, set())
+    """
+    cut = len(names) * 3 // 4
+    return names[:cut] if split == "train" else names[cut:]
+
+
+def make_world(numbers: list[str], towns: list[str], people: list[str], rng: np.random.Generator) -> World:
+    """Random facts about these ships, towns and people."""
+    return World({number: {"town": str(rng.choice(towns)), "captain": str(rng.choice(people))} for number in numbers},
+                 {town: str(rng.choice(people)) for town in towns}, {person: str(rng.choice(towns)) for person in people})
+
+
+def worlds(seed: int = 0) -> dict[str, World]:
+    """The training and the held-out half of MAT-mini's world; they share no ship, town or person."""
+    return {split: make_world(mini.texts(split), pool(TOWNS, split), pool(PEOPLE, split),
+                              np.random.default_rng([seed, 77, split == "train"])) for split in ("train", "test")}
+
+
+def passages(world: World) -> list[dict]:
+    return [world.ship_passage(number) for number in world.ships] + [
+        world.second_passage(name) for name in (*world.mayors, *world.births)]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _benchmark_rows(world: World, images: Path, rng: np.random.Generator) -> list[dict]:
+    """Every question about every held-out ship, in two pictures each, the simple ones first."""
+    asked = [(question, number) for hops in (1, 2) for question in QUESTIONS if question.hops == hops
+             for number in world.ships for _ in range(2)]
+    rows = []
+    for i, (question, number) in enumerate(asked, start=1):
+        mini.draw_sign(number, rng).save(images / f"{i}.png", compress_level=1)
+        rows.append({"id": i, "question": question.text, "answer": world.answer(question, number),
+                     "image_path": f"{i}.png", "split": "simple" if question.hops == 1 else "hard"})
+    return rows
+
+
+def _training_rows(world: World, images: Path, rng: np.random.Generator) -> list[dict]:
+    """Every question about every training ship as single steps, the searches so far behind the question."""
+    rows = []
+    for number in world.ships:
+        for k, question in enumerate(QUESTIONS):
+            image = f"ship_{number}_{k}.png"
+            mini.draw_sign(number, rng).save(images / image, compress_level=1)
+            told = f"<query> {question.text} </query>"
+            steps = [("search", query) for query in world.queries(question, number)]
+            found = [world.ship_passage(number), world.second_passage(world.ships[number][question.first])]
+            for (kind, text), passage in zip([*steps, ("answer", world.answer(question, number))], [*found, None]):
+                solution = f"<{kind}> {text} </{kind}>"
+                rows.append({"image_path": image, "problem": told, "solution": solution})
+                told += f"\n{solution}\n<information> 1. Content:{passage['title']}. {passage['text']} </information>"\
+                    if kind == "search" else ""
+    return rows
+
+
+def write(folder: Path, seed: int = 0) -> Path:
+    """Writes the search half (300 training and 160 test samples) in MAT's layout and the corpus, all or nothing."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mini-") as scratch:
+        root = Path(scratch) / "MAT"
+        halves = worlds(seed)
+        for split, home, json_name, images, rows_of in (
+                ("test", "MAT-Benchmark", "MAT-Search.json", "MAT-Search-image", _benchmark_rows),
+                ("train", "MAT-Training", "rft_agent_search_20.json", "rft_agent_search_20_images", _training_rows)):
+            (root / home / images).mkdir(parents=True)
+            rows = rows_of(halves[split], root / home / images, np.random.default_rng([seed, 78, split == "train"]))
+            (root / home / json_name).write_text(json.dumps(rows, indent=1))
+        told = [passage for half in halves.values() for passage in passages(half)]
+        with open(root / CORPUS, "w") as file:
+            file.writelines(json.dumps({"id": str(i)} | passage) + "\n" for i, passage in enumerate(told))
+        if folder.exists():
+            shutil.rmtree(folder)
+        root.rename(folder)
+    return folder
+
+
+def ensure(home: Path) -> Path:
+    """The folder of the search half below `home`; drawn there when it is missing (a second)."""
+    folder = Path(home) / f"mat-mini-search-{VERSION}"
+    return folder if (folder / CORPUS).exists() else write(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m data.mini_search FOLDER")
+    print(write(Path(sys.argv[1])))

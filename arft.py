@@ -38,16 +38,19 @@ from tqdm import tqdm
 
 import grpo
 import paper
-from data import mat, mini
+from data import mat, mini, mini_search
 from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, check_name, load
 from record import HEADER, Run, score_row, table
-from rewards import SCORERS, compare, episode_reward, score_answer, score_predictions, step_reward, summarize
+from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
+                     score_predictions, step_reward, summarize)
 from rollout import Clock, Episode, Limits, rollout
-from tools import Sandbox, SandboxError
+from tools import Corpus, Replay, Sandbox, SandboxError, SearchRefused, Serper, Tools
 
 HERE = Path(__file__).parent
-TINY = HERE / "data" / "tiny"
+TINY, TINY_SEARCH = HERE / "data" / "tiny", HERE / "data" / "tiny-search"
 HUB_MODEL, HUB_DATA, HUB_QA = "Qwen/Qwen2.5-VL-3B-Instruct", "laolao77/MAT", "RUC-NLPIR/FlashRAG_datasets"
+HUB_SIMILARITY = "sentence-transformers/all-MiniLM-L6-v2"
+SERPER_KEY = "SERPER_API_KEY"       # the environment variable; the key is never an option: options are written down
 
 
 class UsageError(ValueError):
@@ -66,9 +69,10 @@ def option(default, help: str, choices: tuple | None = None, values: tuple | Non
 class Config:
     """Every option; the command line is made from it. None: chosen by `complete` from the model."""
     task: str = option("mat-coding", "what to train and evaluate on", tuple(mat.FILES))
-    model: str | None = option(None, "checkpoint folder or hub name; default: data/tiny without CUDA, else " + HUB_MODEL)
-    data: str | None = option(None, "MAT or FlashRAG folder, or one .jsonl file; default: MAT-mini for data/tiny and "
-                                    f"mat-coding, else {HUB_DATA} or {HUB_QA} from the hub")
+    model: str | None = option(None, "checkpoint folder or hub name; default without CUDA: data/tiny for mat-coding, "
+                                     "data/tiny-search for the others; else " + HUB_MODEL)
+    data: str | None = option(None, "MAT or FlashRAG folder, or one .jsonl file; default: MAT-mini for the embedded "
+                                    f"models and MAT's tasks, else {HUB_DATA} or {HUB_QA} from the hub")
     out: str | None = option(None, "run folder, must not exist; default: runs/<task>-<date>-<time>")
     device: str | None = option(None, "cpu or cuda; default: cuda where there is one")
     threads: int | None = option(None, "of the CPU; 0: torch's own choice; default: 1 for data/tiny (steady beside "
@@ -101,11 +105,20 @@ class Config:
     sandbox_workers: int = option(2, "programs that run side by side")
     sandbox_seconds: float = option(10.0, "wall-clock limit of one program, seconds")
     sandbox_memory: int = option(1024, "memory limit of one program, MB")
+    corpus: str | None = option(None, "passages to search offline: .jsonl, or the .sqlite index made from it; default: "
+                                      f"MAT-mini's for MAT-mini, else Serper, with the key in {SERPER_KEY}")
+    replay: str | None = option(None, "record of searches (.sqlite): what it has is not asked again; made if missing")
+    replay_miss: str = option("ask", "what is not in the record: ask the corpus or Serper, or skip (the search fails)",
+                              ("ask", "skip"))
+    passages: int | None = option(None, "that a search returns; default: 2 for the embedded model, else 4 (the paper)")
     sandbox: str = option("auto", "strict: refuse to start where files or network are not kept safe", ("auto", "strict"))
     # the reward
     answer_weight: float = option(1.0, "weight of the answer's score; paper: 1, Eq. (5)")
     format_weight: float = option(1.0, "weight of the format; paper: 1, Eq. (5)")
     problem_weight: float = option(1.0, "weight of the stated problem; paper's code: 1")
+    query_weight: float = option(1.0, "weight of the searches' similarity to the gold queries; paper: 1, Eq. (4)")
+    similarity: str = option("auto", f"of queries: lexical, or an encoder's folder or hub name; auto: {HUB_SIMILARITY} (the "
+                                     "paper) where it is to be had and the model is not an embedded one, else lexical")
     answer_metric: str = option("f1", "what the answer is scored by; paper: f1", ("f1", "em"))
     scorer: str = option("official", "of the reward and the summary: the paper's, or with its defects repaired", SCORERS)
     # the paper's way, with --protocol paper
@@ -144,7 +157,7 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
-    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0)}
+    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4)}
 
 
 def parse_options(arguments: list[str]) -> Config:
@@ -168,7 +181,7 @@ def check(config: Config) -> None:
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
              "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0,
-             "step_side": 0}
+             "step_side": 0, "passages": 1}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -184,6 +197,8 @@ def check(config: Config) -> None:
     for name in ("crop_box", "code_errors", "step_side"):
         if config.protocol == "episodes" and getattr(config, name) != getattr(Config, name):
             raise UsageError(f"--{name.replace('_', '-')} is an option of the paper's way; add --protocol paper")
+    if config.corpus and not Path(config.corpus).exists():
+        raise UsageError(f"--corpus {config.corpus}: no such file; name a .jsonl with one passage a line")
     if config.model:
         check_name(config.model)
     if config.system_prompt:
@@ -208,16 +223,17 @@ def read_prompt(file: str) -> str:
 def complete(config: Config) -> list[str]:
     """Fills in what was left open. Returns what was chosen and why, one line each."""
     why = {name: f"--{name}" for name in ("device", "model", "data")}
+    tiny = TINY if config.task == "mat-coding" else TINY_SEARCH
     if config.device is None:
         config.device, why["device"] = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA here")
     if config.model is None and config.data is None and config.device != "cpu" and config.task.startswith("mat-"):
         try:
             config.model, config.data = fetch(HUB_MODEL, "model"), fetch(HUB_DATA, "dataset")
-            why["model"], why["data"] = f"{HUB_MODEL} from the hub; --model {TINY} for the small one", HUB_DATA
+            why["model"], why["data"] = f"{HUB_MODEL} from the hub; --model {tiny} for the small one", HUB_DATA
         except UsageError as error:
-            config.model, why["model"] = str(TINY), f"the embedded checkpoint, because: {error}"
+            config.model, why["model"] = str(tiny), f"the embedded checkpoint, because: {error}"
     if config.model is None:
-        config.model, why["model"] = str(TINY), "the embedded checkpoint; --model DIR or hub name for another"
+        config.model, why["model"] = str(tiny), "the embedded checkpoint; --model DIR or hub name for another"
     small = is_small(config.model)
     why["data"] = choose_data(config, small) or why["data"]
     for name, (for_small, for_others) in DEFAULTS.items():
@@ -236,6 +252,9 @@ def choose_data(config: Config, small: bool) -> str | None:
     if small and config.task == "mat-coding":
         config.data = str(mini.ensure(HERE / "data" / "cache"))
         return "MAT-mini, drawn by data/mini.py; --data DIR for a MAT folder"
+    if small and config.task == "mat-search":
+        config.data = str(mini_search.ensure(HERE / "data" / "cache"))
+        return "MAT-mini, drawn by data/mini_search.py; --data DIR for a MAT folder"
     if config.task.startswith("mat-"):
         config.data = fetch(HUB_DATA, "dataset")
         return f"{HUB_DATA} from the hub"
@@ -270,6 +289,37 @@ def fetch(name: str, kind: str, files: list[str] | None = None) -> str:
         raise UsageError(f"this needs {flag} DIR: {name} is neither in the hub's cache nor to be fetched ({reason}).\n"
                          f"Where there is network: {command}; then copy DIR here and name it: {flag} DIR")
     return folder
+
+
+def choose_search(config: Config):
+    """The back end of searches, None for mat-coding unless one is named. Raises UsageError with the three ways to have one."""
+    beside = Path(config.data) / mini_search.CORPUS
+    path = config.corpus or (str(beside) if beside.exists() else None)
+    key = os.environ.get(SERPER_KEY)
+    backend = Corpus(path) if path else Serper(key) if key and config.task != "mat-coding" else None
+    if config.replay:
+        return Replay(config.replay, backend, config.replay_miss)
+    if backend is None and config.task != "mat-coding":
+        raise UsageError(f"task {config.task} needs something to search: --corpus FILE (passages, offline), the environment "
+                         f"variable {SERPER_KEY} (Google by Serper, live), or --replay FILE (a record of earlier searches);\n"
+                         "or --tools off")
+    return backend
+
+
+def choose_similarity(config: Config):
+    """(function of two texts, its name): how queries are compared with gold ones."""
+    name = config.similarity
+    if name == "auto" and not is_small(config.model) and config.task == "mat-search" and not config.eval_only:
+        try:
+            return SentenceSimilarity(fetch(HUB_SIMILARITY, "model")), HUB_SIMILARITY
+        except UsageError:
+            print(f"{HUB_SIMILARITY} is neither in the hub's cache nor to be fetched; hf download {HUB_SIMILARITY} gets it")
+    if name in ("auto", "lexical"):
+        return lexical_similarity, "lexical"
+    try:
+        return SentenceSimilarity(name), name
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--similarity {name}: {str(error).splitlines()[0]}; give an encoder's folder, or lexical") from None
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
@@ -330,13 +380,13 @@ def endless(samples: list, order: random.Random):
         yield from order.sample(samples, len(samples))
 
 
-def score(episodes: list[Episode], config: Config) -> list:
+def score(episodes: list[Episode], config: Config, similarity=lexical_similarity) -> list:
     """The reward of each episode. A number that is not finite stops the run and names the sample (law 6)."""
     rewards = [step_reward(e, accuracy_weight=config.answer_weight, format_weight=config.format_weight,
-                           scorer=config.scorer) if isinstance(e.sample, mat.StepSample) else
+                           scorer=config.scorer, similarity=similarity) if isinstance(e.sample, mat.StepSample) else
                episode_reward(e, answer_weight=config.answer_weight, format_weight=config.format_weight,
-                              problem_weight=config.problem_weight, answer_metric=config.answer_metric,
-                              scorer=config.scorer)
+                              problem_weight=config.problem_weight, query_weight=config.query_weight,
+                              answer_metric=config.answer_metric, scorer=config.scorer, similarity=similarity)
                for e in episodes]
     for episode, reward in zip(episodes, rewards):
         if not math.isfinite(reward.total):
@@ -356,8 +406,8 @@ def teaching_rows(totals: torch.Tensor, config: Config) -> list[int]:
 class Trainer:
     """Everything that changes from step to step: policy, optimiser, random states, order of the data."""
 
-    def __init__(self, policy: Policy, samples: list, tools, config: Config):
-        self.policy, self.tools, self.config = policy, tools, config
+    def __init__(self, policy: Policy, samples: list, tools: Tools, config: Config, similarity=lexical_similarity):
+        self.policy, self.tools, self.config, self.similarity = policy, tools, config, similarity
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
@@ -378,7 +428,7 @@ class Trainer:
         samples = [next(self.order) for _ in range(config.samples_per_step)]
         episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
                            tools=self.tools, generator=self.generator, clock=clock)
-        rewards = score(episodes, config)
+        rewards = score(episodes, config, self.similarity)
         totals = torch.tensor([reward.total for reward in rewards])                        # [N]
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
         rows, stats = teaching_rows(totals, config), dict.fromkeys(grpo.STATISTICS)     # None where nothing is taught
@@ -472,7 +522,7 @@ def main(arguments: list[str]) -> int:
         if config.score:
             return score_file(config)
         return compare_files(config) if config.compare else start(config)
-    except (UsageError, PolicyError, SandboxError, mat.DataError) as error:
+    except (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError) as error:
         print(f"arft.py: {error}", file=sys.stderr)
         return 2
 
@@ -507,6 +557,8 @@ def start(config: Config) -> int:
     held_out = mat.load(config.task, config.data, "test")
     held_out = held_out[:config.eval_samples or len(held_out)]
     training = [] if config.eval_only else training_samples(config)
+    search = choose_search(config) if config.tools == "on" else None
+    similarity, similarity_name = choose_similarity(config)
     policy = load(config.model, config.device, torch.float32 if config.device == "cpu" else torch.bfloat16)
     policy.system_prompt = choose_prompt(config, policy)
     run = Run(config)
@@ -514,17 +566,21 @@ def start(config: Config) -> int:
         f", {len(training)} for training, {config.steps} steps of {config.samples_per_step} x {config.group_size} episodes")))
     with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
                  strict=config.sandbox == "strict") as sandbox:
-        print(f"tools:  {sandbox.describe()}" if config.tools == "on" else "tools:  off; programs return the image as it is")
-        tools = sandbox if config.tools == "on" else None
+        tools = Tools(sandbox, search, config.passages) if config.tools == "on" else Tools()
+        print(f"tools:  {sandbox.describe()}" if tools.sandbox else "tools:  off; programs return the image as it is")
+        if search:
+            print(f"search: {search.name}, {config.passages} passages; queries are compared with gold ones by: {similarity_name}")
         try:
             run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
             if not config.eval_only:
-                train(Trainer(policy, training, tools, config), run, held_out)
+                train(Trainer(policy, training, tools, config, similarity), run, held_out)
                 if not run.interrupted:
                     run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"))
         except KeyboardInterrupt:
             run.interrupted = True
         finally:        # a bad image in the middle must not cost what was learned before it
+            if isinstance(search, Replay):
+                run.searches = {"hits": search.hits, "misses": search.misses}
             run.finish(policy, config)
     print(table(run.summary))
     print(f"{run.steps} steps, {time.perf_counter() - run.started:.0f} s; everything is in {config.out}")

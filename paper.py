@@ -46,14 +46,13 @@ from PIL import Image
 
 from data.mat import Sample, StepSample
 from policy import ImageInput, Policy
-from rollout import REPLY_FAILED, Clock, Episode, Limits, Rows, Turn, add_turn, decode_turn, observe
-from tools import Action, Sandbox
+from rollout import REPLY_FAILED, Clock, Episode, Limits, Rows, Turn, add_turn, decode_turn, information, observe
+from tools import Action, Tools
 
 TIPS = "<tips> {} </tips>"
 TIP_CROP = "Write code that cuts the region named in the question out of the image."
 TIP_NONE = "The image needs no repair. Answer the question."
 TIP_REPAIR = "Write code that repairs the image."
-INFORMATION = "<information> {} </information>"
 
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d+(?:\.\d+)?)"] * 4) + r"\s*\]")       # [366, 723, 506, 851]
 SLICE = re.compile(r"\[[^\[\]:,]*:[^\[\]:,]*,[^\[\]:,]*:[^\[\]:,]*\]")                  # [y1:y2, x1:x2]
@@ -128,10 +127,10 @@ def respond(turn: Turn, text: str, code_errors: str) -> str:
                            TIP_NONE if set(action.value) == {"none"} else TIP_REPAIR)
     if action.kind == "code" and execution.image is None and code_errors == "shown":
         return TIPS.format(REPLY_FAILED.format(error=execution.error))
-    return INFORMATION.format(text) if action.kind == "search" else ""
+    return information(turn.found, bare_snippets=True) if action.kind == "search" else ""
 
 
-def act(episodes: list[Episode], tools: Sandbox | None, crop_box: str, code_errors: str) -> None:
+def act(episodes: list[Episode], tools: Tools | None, crop_box: str, code_errors: str) -> None:
     """Runs the last turns' actions. A program's image replaces the episode's; the reply is kept with the turn.
 
     With the question's box, `turn.action.value` is the program that ran ("ran" in episodes.jsonl) and `turn.text` what
@@ -166,7 +165,7 @@ def has_ended(episode: Episode, limits: Limits) -> bool:
 
 @torch.inference_mode()
 def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1, limits: Limits = Limits(),
-            tools: Sandbox | None, generator: torch.Generator, clock: Clock | None = None, crop_box: str = "question",
+            tools: Tools | None, generator: torch.Generator, clock: Clock | None = None, crop_box: str = "question",
             code_errors: str = "shown", step_side: int = 720) -> list[Episode]:
     """`group_size` consecutive episodes for each sample: at most limits.max_turns turns, one for a StepSample.
 

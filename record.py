@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader
 from policy import Policy
 from rewards import SCORERS
 from rollout import Clock, Episode
+from tools import SearchError
 
 HERE = Path(__file__).parent
 
@@ -43,6 +44,7 @@ def step_metrics(step: int, done: dict, group_size: int) -> dict:
     episodes, rewards, totals = done["episodes"], done["rewards"], done["totals"]
     groups, turns = totals.view(-1, group_size), [t for e in episodes for t in e.turns]
     runs = [t.execution for t in turns if t.execution is not None]
+    found = [t.found for t in turns if t.found is not None]
     sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
 
     def mean(name: str) -> float:       # a single step has an answer, or a problem, or neither
@@ -52,11 +54,13 @@ def step_metrics(step: int, done: dict, group_size: int) -> dict:
     return rounded({
         "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
         "answer": mean("answer"), "format": mean("format"), "problem": mean("problem"), "em": mean("em"),
+        **({"query": mean("query")} if any(r.query is not None for r in rewards) else {}),
         **({"accuracy": mean("accuracy")} if rewards[0].accuracy is not None else {}),
         "group_std": groups.std(dim=1).mean().item(),
         "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
         **done["stats"],
-        "tool_calls": len(runs), "tool_failures": sum(r.image is None for r in runs),
+        "tool_calls": len(runs) + len(found), "searches": len(found),
+        "tool_failures": sum(r.image is None for r in runs) + sum(isinstance(f, SearchError) for f in found),
         "turns": len(turns) / len(episodes), "tokens": sampled / len(episodes),
         "tokens_per_second": sampled / max(sum(v for k, v in seconds.items() if k != "update"), 1e-9),
         "seconds": done["seconds"], "seconds_by_phase": dict(seconds)})
@@ -69,6 +73,7 @@ class Run:
         self.folder, self.clock, self.started = Path(config.out), Clock(), time.perf_counter()
         self.metrics, self.curve, self.summary = [], [], {}
         self.interrupted, self.group_size = False, config.group_size
+        self.searches = None        # of a Replay: how many were in the record
         (self.folder / "images").mkdir(parents=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "transformers": transformers.__version__, "numpy": np.__version__}
@@ -101,7 +106,7 @@ class Run:
         it is not the text as written (--crop-box question)."""
         turns = []
         for k, turn in enumerate(episode.turns):
-            run = turn.execution
+            run, failed = turn.execution, isinstance(turn.found, SearchError)
             name = None
             if run is not None and run.image is not None and images:
                 name = f"images/{when}-{i}-{k}.png"
@@ -109,7 +114,7 @@ class Run:
             ran = turn.action.value if run is not None and turn.action.value not in turn.text else None
             turns.append({"text": turn.text, "action": turn.action.kind, "finished": turn.finished, "ran": ran,
                           "observation": turn.observation, "image": name,
-                          "error": run.error if run is not None else None})
+                          "error": run.error if run is not None else str(turn.found) if failed else None})
         sample = episode.sample
         return {"when": when, "sample": sample.id, "image": str(sample.image_path) if sample.image_path else None,
                 "question": sample.question, "gold": list(sample.golds), "problems": list(sample.problems),
@@ -132,7 +137,8 @@ class Run:
     def step_line(self) -> str:
         """The last step in at most 100 columns."""
         m = self.metrics[-1]
-        return (f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}  problem {m['problem']:.2f}  "
+        part = "query" if "query" in m else "problem"
+        return (f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}  {part} {m[part]:.2f}  "
                 f"KL {m['kl'] or 0:.3f}  entropy {m['entropy'] or 0:.2f}  "
                 f"tools {m['tool_calls']}, {m['tool_failures']} failed  {m['seconds']:.1f} s")
 
@@ -153,7 +159,8 @@ class Run:
         summary = {name: self.summary[name] for name in ("before", "after") if name in self.summary}
         self.write_json("summary.json", summary | {
             "steps": self.steps, "interrupted": self.interrupted,
-            "seconds": round(time.perf_counter() - self.started, 1), "seconds_by_phase": seconds, "curve": self.curve})
+            "seconds": round(time.perf_counter() - self.started, 1), "seconds_by_phase": seconds, "curve": self.curve,
+            **({"searches": self.searches} if self.searches else {})})
         page = Environment(loader=FileSystemLoader(HERE / "data"), autoescape=True).get_template("report.html")
         (self.folder / "report.html").write_text(page.render(
             config=dataclasses.asdict(config), metrics=self.metrics, curve=self.curve, summary=summary, phases=seconds))

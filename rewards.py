@@ -14,7 +14,7 @@ Chinese character is compared character by character. "repaired" mends what is b
   - an empty gold (MAT-Search, id 101) is matched by nothing, where "official" gives an empty answer full marks.
 
 Read next: rollout.py, which makes the episodes; grpo.py, which turns rewards into advantages.
-Left out: the paper's sentence-embedding similarity to a gold query, which needs a further model; words are compared.
+Left out: a judge model.
 """
 import re
 import string
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.mat import LITERAL_NEWLINE, DataError, Sample, StepSample, field, read_rows, split_of, text_list
 
@@ -128,8 +129,9 @@ class Reward:
     total: float        # the weighted sum: this, and nothing else, is what the policy learns from
     answer: float | None    # F1 (or exact match) of the answer; this and the next two: None for a step of another kind
     format: float           # share of turns in the strict format
-    problem: float | None   # was the first diagnosis right
+    problem: float | None   # was the first diagnosis right; None where the data has no problems
     em: float | None        # exact match of the answer; only logged, unless chosen as the answer's metric
+    query: float | None = None      # similarity of the searches to the gold queries; None where the data has none
     accuracy: float | None = None   # of a single step, whatever its kind; None for an episode
 
 
@@ -151,35 +153,7 @@ def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotati
     return 0.5 if rotation_credit and len(gold) == 2 and set(stated) == rotation else 0.0
 
 
-def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float = 1.0, problem_weight: float = 1.0,
-                   answer_metric: str = "f1", scorer: str = "official", rotation_credit: bool = False) -> Reward:
-    """The reward of a whole multi-turn episode.
-
-    The paper rewards single steps: Eq. (3) is 1 for a step with valid tags, Eq. (4) is the F1 of an answer step, and
-    Eq. (5) their sum. For an episode, which is several steps, this is our own extension: Eq. (3) becomes the share of
-    turns in the strict format, Eq. (4) is the F1 of the last turn's answer, and the authors' (unpublished) problem
-    reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
-    labels at once, or the gold among many words are worth less than, or as much as, saying the right thing once. What
-    stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing, and an episode
-    that never answers has no answer reward. (One hole is the official scorer's: to the gold "A" an answer of only
-    articles or signs is right. scorer="repaired" closes it.) With weights of 1 the total is in [0, 3].
-    """
-    if answer_metric not in ("f1", "em"):
-        raise ValueError(f"unknown answer_metric '{answer_metric}'; it is f1 or em")
-    turns = [turn for turn in episode.turns if turn.finished]
-    stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)
-    best_f1, em = score_answer(episode.answer, episode.sample.golds, scorer)
-    strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))         # Eq. (3)
-    accuracy = em if answer_metric == "em" else best_f1                                     # Eq. (4)
-    problem = problem_reward(stated, episode.sample.problems, rotation_credit)
-    total = answer_weight * accuracy + format_weight * strict + problem_weight * problem    # Eq. (5)
-    return Reward(total=total, answer=accuracy, format=strict, problem=problem, em=em)
-
-
-# --- one step, the paper's way --------------------------------------------------------------------------------------
-
-CODE_ACCURACY = 0.9             # for any program; nothing is run in training
-SIMILARITY_THRESHOLD = 0.5      # a query less similar than this is worth nothing
+SIMILARITY_THRESHOLD = 0.5      # a query less similar than this to the gold one is worth nothing
 
 
 def lexical_similarity(query: str, gold: str) -> float:
@@ -193,7 +167,78 @@ def lexical_similarity(query: str, gold: str) -> float:
     return len(a & b) / (len(a) * len(b)) ** 0.5 if a and b else 0.0
 
 
-def step_accuracy(action, step: StepSample, scorer: str = "official") -> float:
+class SentenceSimilarity:
+    """Cosine of two sentence embeddings: the mean of the last hidden states over the words, as all-MiniLM-L6-v2 makes it.
+
+    folder: an encoder in transformers' format, such as sentence-transformers/all-MiniLM-L6-v2 (the paper's), on the CPU.
+    """
+
+    def __init__(self, folder: str):
+        from transformers import AutoModel, AutoTokenizer
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        self.known: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def embed(self, text: str) -> torch.Tensor:
+        """[D], of length 1. Computed once for each text."""
+        if text not in self.known:
+            hidden = self.model(**self.tokenizer(text, truncation=True, max_length=256, return_tensors="pt")).last_hidden_state
+            self.known[text] = torch.nn.functional.normalize(hidden[0].mean(dim=0), dim=0)     # one text: no padding
+        return self.known[text]
+
+    def __call__(self, query: str, gold: str) -> float:
+        return float(self.embed(query) @ self.embed(gold))
+
+
+def query_reward(written: list[str], golds: tuple[str, ...], similarity=lexical_similarity) -> float:
+    """How near the searches are to the gold ones, in order: the mean similarity of the pairs, each 0 below the threshold;
+    a search too few or too many counts as 0.
+
+    >>> query_reward(["ship 47", "Oslo"], ("ship 47", "mayor of Oslo"))     # 1 and 1 / sqrt(1 * 3)
+    0.7886751345948129
+    >>> query_reward(["ship", "ship 47"], ("ship 47",))                     # 1 / sqrt(2), and one too many
+    0.35355339059327373
+    """
+    values = [similarity(query, gold) for query, gold in zip(written, golds)]
+    return sum(value for value in values if value >= SIMILARITY_THRESHOLD) / max(len(written), len(golds), 1)
+
+
+def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float = 1.0, problem_weight: float = 1.0,
+                   query_weight: float = 1.0, answer_metric: str = "f1", scorer: str = "official",
+                   rotation_credit: bool = False, similarity=lexical_similarity) -> Reward:
+    """The reward of a whole multi-turn episode.
+
+    The paper rewards single steps: Eq. (3) is 1 for a step with valid tags, Eq. (4) is the F1 of an answer step, and
+    Eq. (5) their sum. For an episode, which is several steps, this is our own extension: Eq. (3) becomes the share of
+    turns in the strict format, Eq. (4) is the F1 of the last turn's answer, and the authors' (unpublished) problem
+    reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
+    labels at once, or the gold among many words are worth less than, or as much as, saying the right thing once. What
+    stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing, and an episode
+    that never answers has no answer reward. Where the sample has gold queries, the searches' similarity to them takes the
+    problem's place (`query_reward`). (One hole is the official scorer's: to the gold "A" an answer of only
+    articles or signs is right. scorer="repaired" closes it.) With weights of 1 the total is in [0, 3].
+    """
+    if answer_metric not in ("f1", "em"):
+        raise ValueError(f"unknown answer_metric '{answer_metric}'; it is f1 or em")
+    turns = [turn for turn in episode.turns if turn.finished]
+    stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)
+    best_f1, em = score_answer(episode.answer, episode.sample.golds, scorer)
+    strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))         # Eq. (3)
+    accuracy = em if answer_metric == "em" else best_f1                                     # Eq. (4)
+    problem = problem_reward(stated, episode.sample.problems, rotation_credit) if episode.sample.problems else None
+    queries = [turn.action.value for turn in turns if turn.action.kind == "search"]
+    query = query_reward(queries, episode.sample.queries, similarity) if episode.sample.queries else None
+    total = (answer_weight * accuracy + format_weight * strict                              # Eq. (5), and ours
+             + problem_weight * (problem or 0.0) + query_weight * (query or 0.0))
+    return Reward(total=total, answer=accuracy, format=strict, problem=problem, em=em, query=query)
+
+
+# --- one step, the paper's way --------------------------------------------------------------------------------------
+
+CODE_ACCURACY = 0.9             # for any program; nothing is run in training
+
+
+def step_accuracy(action, step: StepSample, scorer: str = "official", similarity=lexical_similarity) -> float:
     """Eq. (4) as the released trainer computes it, in [0, 1]; an action of another kind than the teacher's is worth 0.
 
     answer   official: set F1, English rules, without the evaluation's "exact match makes F1 one": a right "A" (an
@@ -209,15 +254,14 @@ def step_accuracy(action, step: StepSample, scorer: str = "official") -> float:
     if step.kind == "problem":
         return problem_reward(action.value, step.problems, rotation_credit=True)
     if step.kind == "search":
-        similarity = lexical_similarity(action.value, step.queries[0])
-        return similarity if similarity >= SIMILARITY_THRESHOLD else 0.0
+        return query_reward([action.value], step.queries, similarity)
     if scorer == "official":
         return max(f1(action.value, gold, chinese=False) for gold in step.golds)
     return score_answer(action.value, step.golds, scorer)[0]
 
 
 def step_reward(episode, *, accuracy_weight: float = 1.0, format_weight: float = 1.0,
-                scorer: str = "official") -> Reward:
+                scorer: str = "official", similarity=lexical_similarity) -> Reward:
     """The reward of an episode of one turn for a StepSample: Eq. (5), accuracy plus format, at most 2.
 
     The format counts if the turn is strictly a thought and an action of the kind that the row asks for (MAT-Search: a
@@ -227,7 +271,7 @@ def step_reward(episode, *, accuracy_weight: float = 1.0, format_weight: float =
     is looked for in the whole text (B5).
     """
     step, turn = episode.sample, episode.turns[-1]
-    accuracy = step_accuracy(turn.action, step, scorer) if turn.finished else 0.0                   # Eq. (4)
+    accuracy = step_accuracy(turn.action, step, scorer, similarity) if turn.finished else 0.0                   # Eq. (4)
     strict = float(turn.finished and turn.action.strict and turn.action.kind in step.formats)       # Eq. (3)
     answer = episode.answer if step.kind == "answer" else None
     em = score_answer(answer, step.golds, scorer, chinese=False)[1] if step.kind == "answer" else None

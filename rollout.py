@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from data.mat import Sample
 from policy import ImageInput, Policy
-from tools import Action, Execution, Passage, Sandbox, parse
+from tools import Action, Execution, Passage, SearchError, Tools, parse, search_all
 
 # What the environment says. The first and the last two also tell the model what it may do next.
 REPLY_PROBLEM = "Write the code that repairs it."
@@ -39,6 +39,7 @@ REPLY_MALFORMED = "Not understood: {error} Write one thought and one action."
 REPLY_FOUND = "<information> {passages} </information>"
 REPLY_SEARCH_FAILED = "Search failed: {error}"
 REPLY_NO_SEARCH = "Search is not available here."
+PASSAGE_CHARACTERS = 1000       # of each passage; an encyclopedia's have some 600
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Turn:
     stop: int
     observation: str | None = None       # None after the last turn
     execution: Execution | None = None   # after a code turn
+    found: list[Passage] | SearchError | None = None    # after a search turn; None: search is switched off
 
 
 @dataclass
@@ -206,18 +208,24 @@ def decode_turn(rows: Rows, limits: Limits, generator) -> list[tuple[list[int], 
     return [([i for i in row if i >= 0], [p for i, p in zip(row, logp) if i >= 0]) for row, logp in zip(ids, logps)]
 
 
-def observe(episodes: list[Episode], tools: Sandbox | None) -> list[tuple[str, Image.Image | None] | None]:
+def observe(episodes: list[Episode], tools: Tools | None) -> list[tuple[str, Image.Image | None] | None]:
     """Runs the actions of the episodes' last turns. An observation (text, image) for each, None after an answer.
 
-    tools None switches execution off: every program "returns" the unchanged image (the control
-    experiment that shows whether the tool did it).
+    A tool that is None is switched off: every program "returns" the unchanged image, no search finds anything (the
+    control experiment that shows whether the tool did it).
     """
+    tools, turns = tools or Tools(), [episode.turns[-1] for episode in episodes]
     coders = [e for e in episodes if e.turns[-1].action.kind == "code"]
     jobs = [(e.turns[-1].action.value, e.view) for e in coders]
-    runs = tools.map(jobs) if tools else [Execution(image, "", None, 0.0) for _, image in jobs]
+    runs = tools.sandbox.map(jobs) if tools.sandbox else [Execution(image, "", None, 0.0) for _, image in jobs]
     for episode, execution in zip(coders, runs):
         episode.turns[-1].execution = execution
-    return [_reply(episode.turns[-1]) for episode in episodes]
+    searchers = [turn for turn in turns if turn.action.kind == "search"]
+    if tools.search and searchers:
+        found = search_all(tools.search, [turn.action.value for turn in searchers], tools.passages)
+        for turn, passages in zip(searchers, found):
+            turn.found = passages
+    return [_reply(turn) for turn in turns]
 
 
 def _reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
@@ -227,7 +235,7 @@ def _reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
     if action.kind == "problem":
         return (REPLY_NONE if set(action.value) == {"none"} else REPLY_PROBLEM), None
     if action.kind == "search":
-        return REPLY_NO_SEARCH, None
+        return information(turn.found), None
     if action.kind == "malformed":
         return REPLY_MALFORMED.format(error=action.error), None
     printed = f"It printed: {execution.stdout}\n" if execution.stdout else ""
@@ -236,17 +244,22 @@ def _reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
     return printed + REPLY_IMAGE, execution.image
 
 
-# --- whole episodes -----------------------------------------------------------------------------
+def information(found: list[Passage] | SearchError | None, bare_snippets: bool = False) -> str:
+    """What a search found, in the paper's form, here with titles; bare_snippets: those of web pages without, as there.
 
-
-def information(passages: list[Passage]) -> str:
-    """What a search found, in the paper's form, with the passages' titles.
-
-    >>> information([Passage("Oslo", "", "The mayor of Oslo is Vera."), Passage("Bern", "", "A town.")])
-    '<information> 1. Content:Oslo. The mayor of Oslo is Vera. 2. Content:Bern. A town. </information>'
+    >>> information([Passage("Oslo", "", "The mayor is Vera."), Passage("Bern", "", "A town.")])
+    '<information> 1. Content:Oslo. The mayor is Vera. 2. Content:Bern. A town. </information>'
     """
-    told = [f"{i}. Content:{passage.title}. {passage.text}" for i, passage in enumerate(passages, start=1)]
+    if found is None:
+        return REPLY_NO_SEARCH
+    if isinstance(found, SearchError):
+        return REPLY_SEARCH_FAILED.format(error=found)
+    texts = [p.text if bare_snippets and p.url else f"{p.title}. {p.text}" for p in found]
+    told = [f"{i}. Content:{text[:PASSAGE_CHARACTERS]}" for i, text in enumerate(texts, start=1)]
     return REPLY_FOUND.format(passages=" ".join(told) or "Nothing was found.")
+
+
+# --- whole episodes -----------------------------------------------------------------------------
 
 
 def begin(policy: Policy, samples: list[Sample]) -> list[Episode]:
@@ -270,7 +283,7 @@ def fork(episode: Episode) -> Episode:
 
 @torch.inference_mode()
 def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1, limits: Limits = Limits(),
-            tools: Sandbox | None, generator: torch.Generator, clock: Clock | None = None) -> list[Episode]:
+            tools: Tools | None, generator: torch.Generator, clock: Clock | None = None) -> list[Episode]:
     """Samples `group_size` consecutive episodes for each sample, all turns, tools in the loop."""
     clock = clock or Clock()
     with clock.phase("vision"):

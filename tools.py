@@ -37,24 +37,31 @@ Not covered:
 """
 
 import io
+import itertools
 import json
 import os
 import queue
 import re
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import textwrap
+import threading
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
+import requests
 from PIL import Image
+from tqdm import tqdm
 
 import jail
 
@@ -405,3 +412,232 @@ def read_text(fd: int) -> str:
         return text
     tail = os.pread(fd, 4 * half, max(0, size - 4 * half)).decode(errors="replace")
     return f"{text[:half]}\n[... {size} bytes in all, the middle is left out ...]\n{tail[-half:]}"
+
+
+# --- Search ----------------------------------------------------------------------------------------------------------
+
+class SearchError(Exception):
+    """One search that failed; the text is shown to the model ("Search failed: ..."), the episode goes on."""
+
+
+class SearchRefused(ValueError):
+    """No search can work (a wrong key, a corpus that cannot be read): ends the run; the text names cause and cure."""
+
+
+class Corpus:
+    """BM25 over passages on disk, offline: SQLite's FTS5 in one file, millions of passages, nothing held in memory.
+
+    path: a .jsonl file with {"id", "title", "text"} or FlashRAG's {"id", "contents": "title\\ntext"} in each line; the
+    index is built beside it as PATH.sqlite, once, with a progress bar, and goes on where it was interrupted. Or that .sqlite file
+    itself. Words are runs of letters and digits: text without blanks between its words (Chinese) is not cut.
+    Raises SearchRefused, naming file and line, for what cannot be read.
+    """
+    parallel = 1            # searches at once: the disk is the limit
+
+    def __init__(self, path: str | Path):
+        source = Path(path)
+        self.index = source if source.suffix == ".sqlite" else source.with_name(source.name + ".sqlite")
+        if not source.exists():
+            raise SearchRefused(f"corpus {source}: no such file; name a .jsonl with one passage a line (--corpus)")
+        try:
+            self.db = sqlite3.connect(self.index, check_same_thread=False)
+            if source != self.index:
+                build_index(source, self.db)
+            self.size, = self.db.execute("SELECT value FROM facts WHERE name = 'passages'").fetchone()
+        except (sqlite3.Error, OSError, TypeError) as error:
+            raise SearchRefused(f"corpus index {self.index}: {error}; remove it, and it is built again") from None
+        self.name = f"corpus {source.name.removesuffix('.sqlite')} ({self.size} passages)"
+
+    def search(self, query: str, k: int = 4) -> list[Passage]:
+        """The k best passages, best first; fewer, or none, if no more share a word with the query."""
+        found: dict[int, None] = {}
+        for match, order in self._plan(query_words(query)):
+            rows = self.db.execute(f"SELECT rowid FROM passages WHERE passages MATCH ? {order} LIMIT ?", (match, k))
+            found |= dict.fromkeys(rowid for rowid, in rows)
+            if len(found) >= k:
+                break
+        rows = (self.db.execute("SELECT title, url, text FROM passages WHERE rowid = ?", (i,)) for i in list(found)[:k])
+        return [Passage(*row.fetchone()) for row in rows]
+
+    def _plan(self, words: list[str]):
+        """FTS5 expressions to be tried one after the other, and their order.
+
+        Plain BM25 over all words costs some microseconds for each passage that has any of them. Where that would be
+        too many, first come the passages that have all words which tell something, then those with the rarest, then any.
+        """
+        lookup = "SELECT doc FROM frequent WHERE term = ?"
+        count = {word: (self.db.execute(lookup, (word,)).fetchone() or (FREQUENT,))[0] for word in words}
+        words = sorted(words, key=count.get)
+        if not words:
+            return
+        if sum(count.values()) <= RANKED_PASSAGES or self.size <= RANKED_PASSAGES:
+            yield " OR ".join(f'"{word}"' for word in words), "ORDER BY rank"
+            return
+        telling = [word for word in words if count[word] <= self.size / 20] or words[:1]
+        cheap = sum(count[word] for word in telling) <= 50 * RANKED_PASSAGES
+        yield " AND ".join(f'"{word}"' for word in telling), "ORDER BY rank" if cheap and len(telling) > 1 else ""
+        rare = [word for i, word in enumerate(words) if sum(count[w] for w in words[:i + 1]) <= RANKED_PASSAGES]
+        yield " OR ".join(f'"{word}"' for word in rare or words[:1]), "ORDER BY rank" if rare else ""
+        yield " OR ".join(f'"{word}"' for word in words), ""
+
+
+FREQUENT = 500              # passages: how many have a word is stored for words that more have
+RANKED_PASSAGES = 5000      # that one query may rank: some ten milliseconds
+
+
+def query_words(query: str) -> list[str]:
+    """The different words of a query, as the index folds them: no case, no accents; signs only part words.
+
+    >>> query_words('Who was "Zoë" AND (the café)?')
+    ['who', 'was', 'zoe', 'and', 'the', 'cafe']
+    """
+    plain = "".join(c for c in unicodedata.normalize("NFKD", query[:1000]) if not unicodedata.combining(c))
+    return list(dict.fromkeys(re.findall(r"[^\W_]+", plain.lower())))[:32]
+
+
+def build_index(source: Path, db: sqlite3.Connection, batch: int = 20_000) -> None:
+    """Fills the index from where it stands. Each batch and the place in the file that it reaches are stored as one."""
+    with db:
+        db.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value)")
+    facts = dict(db.execute("SELECT name, value FROM facts"))
+    stamp = f"{source.stat().st_size} {source.stat().st_mtime_ns}"
+    if facts.get("source") != stamp:        # another file: from the start
+        with db:
+            db.executescript("DROP TABLE IF EXISTS passages; DROP TABLE IF EXISTS frequent; DELETE FROM facts;")
+            db.execute("CREATE VIRTUAL TABLE passages USING fts5(title, text, url UNINDEXED)")
+            db.execute("INSERT INTO facts VALUES ('source', ?), ('place', 0), ('line', 0)", (stamp,))
+        facts = {"place": 0, "line": 0}
+    if "passages" in facts:
+        return
+    with open(source, "rb") as file, tqdm(total=source.stat().st_size, initial=facts["place"], unit="B", unit_scale=True,
+                                          desc=f"indexing {source.name}", leave=False) as bar:
+        file.seek(facts["place"])
+        line = facts["line"]
+        while lines := list(itertools.islice(file, batch)):
+            rows = [read_passage(text, f"{source}: line {line + i}") for i, text in enumerate(lines, 1) if text.strip()]
+            line += len(lines)
+            with db:
+                db.executemany("INSERT INTO passages (title, url, text) VALUES (?, ?, ?)", rows)
+                db.execute("UPDATE facts SET value = ? WHERE name = 'place'", (file.tell(),))
+                db.execute("UPDATE facts SET value = ? WHERE name = 'line'", (line,))
+            bar.update(sum(map(len, lines)))
+    with db:
+        db.execute("INSERT INTO passages (passages) VALUES ('optimize')")
+        db.execute("CREATE VIRTUAL TABLE temp.words USING fts5vocab(main, passages, row)")
+        db.execute("CREATE TABLE frequent (term TEXT PRIMARY KEY, doc INTEGER) WITHOUT ROWID")
+        db.execute("INSERT INTO frequent SELECT term, doc FROM temp.words WHERE doc > ?", (FREQUENT,))
+        db.execute("INSERT INTO facts SELECT 'passages', count(*) FROM passages")
+
+
+def read_passage(line: bytes, where: str) -> tuple[str, str, str]:
+    """(title, url, text) of one line of a corpus."""
+    try:
+        row = json.loads(line)
+        if "contents" in row:
+            title, _, text = row["contents"].partition("\n")
+            return title.strip('"'), row.get("url", ""), text
+        return row["title"], row.get("url", ""), row["text"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SearchRefused(f'{where}: must be {{"id", "title", "text"}} or {{"id", "contents"}} as JSON, '
+                            f"but is {line[:60]!r}") from None
+
+
+class Serper:
+    """Google's results by the Serper API, live, as in the paper: the snippets of the first k results.
+
+    The key goes into the request's header and nowhere else: no message, record or exception has it.
+    """
+    parallel = 8            # searches at once: the network is what is waited for
+    name = "serper"
+    url = "https://google.serper.dev/search"
+
+    def __init__(self, key: str, url: str = url, seconds: float = 10.0, tries: int = 4, pause: float = 1.0):
+        if not re.fullmatch(r"[\x21-\x7e]+", key):      # requests would print it in its complaint
+            raise SearchRefused("the key in SERPER_API_KEY is empty or has blanks or unprintable signs; copy it again")
+        self._key, self.url, self.seconds, self.tries, self.pause = key, url, seconds, tries, pause
+
+    def search(self, query: str, k: int = 4) -> list[Passage]:
+        """Raises SearchError after `tries` attempts (429, 5xx, no connection), SearchRefused where the key is refused."""
+        for attempt in range(self.tries):
+            try:
+                answer = requests.post(self.url, json={"q": query, "num": k}, headers={"X-API-KEY": self._key},
+                                       timeout=self.seconds, allow_redirects=False)    # a redirect would pass the key on
+                problem, wait = f"status {answer.status_code}", answer.headers.get("Retry-After", "")
+            except requests.RequestException as error:
+                answer, problem, wait = None, type(error).__name__, ""
+            if answer is not None and answer.status_code in (401, 403):
+                raise SearchRefused(f"Serper refused the key ({problem}): check SERPER_API_KEY and its credit, or search a "
+                                    "corpus (--corpus)")
+            if answer is not None and answer.status_code == 200:
+                return self._read(answer, k)
+            if answer is not None and answer.status_code != 429 and answer.status_code < 500:
+                break
+            if attempt + 1 < self.tries:
+                time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2 ** attempt, 30.0))
+        raise SearchError(f"the search engine gave {problem}")
+
+    @staticmethod
+    def _read(answer, k: int) -> list[Passage]:
+        try:
+            return [Passage(str(row.get("title", "")), str(row.get("link", "")), str(row.get("snippet", "")))
+                    for row in answer.json().get("organic", [])[:k]]
+        except (ValueError, AttributeError, TypeError):
+            raise SearchError("the search engine's answer is not what its interface promises") from None
+
+
+class Replay:
+    """A record of searches in front of a back end: what was asked once costs nothing, and is the same, ever after.
+
+    path: an SQLite file of (back end, query, k) -> passages, to be kept and shared. backend None, or miss="skip": what
+    is not in the record is a failed search. Without a back end every back end's record counts. Failures are not recorded.
+    """
+
+    def __init__(self, path: str | Path, backend: Corpus | Serper | None = None, miss: str = "ask"):
+        self.backend, self.miss, self.hits, self.misses = backend, miss, 0, 0
+        self.name = f"replay of {backend.name}" if backend else "replay"
+        self.parallel, self._lock = (backend.parallel if backend else 1), threading.Lock()
+        try:
+            self.db = sqlite3.connect(path, check_same_thread=False)
+            with self.db:
+                self.db.execute("CREATE TABLE IF NOT EXISTS searches (backend TEXT, query TEXT, k INTEGER, found TEXT, "
+                                "PRIMARY KEY (backend, query, k))")
+        except sqlite3.Error as error:
+            raise SearchRefused(f"record of searches {path}: {error}; name another file (--replay)") from None
+
+    def search(self, query: str, k: int = 4) -> list[Passage]:
+        known = (query, k, self.backend.name if self.backend else None)
+        with self._lock:
+            row = self.db.execute("SELECT found FROM searches WHERE query = ? AND k = ? AND backend = coalesce(?, backend)",
+                                  known).fetchone()
+            self.hits, self.misses = self.hits + (row is not None), self.misses + (row is None)
+        if row is not None:
+            return [Passage(*passage) for passage in json.loads(row[0])]
+        if self.backend is None or self.miss == "skip":
+            raise SearchError("this query is not in the record")
+        found = self.backend.search(query, k)
+        with self._lock, self.db:
+            self.db.execute("INSERT OR REPLACE INTO searches VALUES (?, ?, ?, ?)", (
+                self.backend.name, query, k, json.dumps([(p.title, p.url, p.text) for p in found])))
+        return found
+
+
+def search_all(backend, queries: list[str], k: int) -> list[list[Passage] | SearchError]:
+    """What each query finds, or why it failed, in order; equal queries are asked once."""
+    def ask(query: str):
+        try:
+            return backend.search(query, k)
+        except SearchError as error:
+            return error
+
+    different = list(dict.fromkeys(queries))
+    with ThreadPoolExecutor(backend.parallel) as pool:
+        found = dict(zip(different, pool.map(ask, different)))
+    return [found[query] for query in queries]
+
+
+@dataclass
+class Tools:
+    """What an episode can use. None: switched off (programs return the unchanged image, searches find nothing)."""
+    sandbox: Sandbox | None = None
+    search: Corpus | Serper | Replay | None = None
+    passages: int = 4       # that one search returns

@@ -16,7 +16,7 @@ import torch
 from data import mini
 from data.mat import Sample
 from policy import load
-from tools import Sandbox
+from tools import Sandbox, Tools
 
 torch.set_num_threads(2)
 
@@ -34,8 +34,13 @@ def fresh_policy():
 
 @pytest.fixture(scope="session")
 def sandbox():
-    with Sandbox(workers=2) as tools:
-        yield tools
+    with Sandbox(workers=2) as programs:
+        yield programs
+
+
+@pytest.fixture(scope="session")
+def tools(sandbox):
+    return Tools(sandbox)
 
 
 @pytest.fixture

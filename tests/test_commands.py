@@ -305,10 +305,10 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
         assert numbers(text, "before, greedy")[1] == 100 * right
 
 
-def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samples, sandbox, monkeypatch, tmp_path):
+def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samples, tools, monkeypatch, tmp_path):
     sample = dataclasses.replace(*samples(("none",)), question="Read the text in [0, 250, 500, 500].")
     play(monkeypatch, policy, problem("crop"), CROP, answer("1"))
-    episode, = attempt(policy, [sample], sandbox)
+    episode, = attempt(policy, [sample], tools)
     config = Config(out=str(tmp_path / "run"))
     kept = record.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0], None, True)
     assert "[28:56, 0:56]" in kept["turns"][1]["ran"] and "[3:9, 2:40]" in kept["turns"][1]["text"]

@@ -165,8 +165,8 @@ def options(**changes):
 
 
 @pytest.fixture
-def episodes(fresh_policy, samples, sandbox):
-    return rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4, tools=sandbox,
+def episodes(fresh_policy, samples, tools):
+    return rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4, tools=tools,
                    limits=Limits(max_new_tokens=96), generator=torch.Generator().manual_seed(1))
 
 

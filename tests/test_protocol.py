@@ -47,11 +47,11 @@ def search(query):
 # --- the message that grows ---------------------------------------------------------------------------------------
 
 
-def test_every_turn_is_one_message_with_one_image_the_newest(policy, samples, sandbox, monkeypatch):
+def test_every_turn_is_one_message_with_one_image_the_newest(policy, samples, tools, monkeypatch):
     turns = [problem("rotation180"), code("image = image.rotate(180)"), answer("1")]
     play(monkeypatch, policy, *turns)
     sample, = samples(("rotation180",))
-    episode, = attempt(policy, [sample], sandbox)
+    episode, = attempt(policy, [sample], tools)
     tip = paper.TIPS.format(paper.TIP_REPAIR)
     assert [t.observation for t in episode.turns] == [tip, "", None]
     said = policy.tokenizer.decode([i for i in episode.ids if i != policy.image_pad])
@@ -100,10 +100,10 @@ def test_an_answer_of_several_lines_is_an_answer(policy, samples, monkeypatch):
 
 
 @pytest.mark.parametrize("code_errors, shown", [("shown", True), ("hidden", False)])
-def test_whether_the_model_sees_why_its_program_failed_is_an_option(policy, samples, sandbox, monkeypatch,
+def test_whether_the_model_sees_why_its_program_failed_is_an_option(policy, samples, tools, monkeypatch,
                                                                    code_errors, shown):
     play(monkeypatch, policy, code("raise ValueError('no')"), answer("1"))              # B14
-    episode, = attempt(policy, samples(("dark",)), sandbox, code_errors=code_errors)
+    episode, = attempt(policy, samples(("dark",)), tools, code_errors=code_errors)
     assert ("ValueError" in episode.turns[0].observation) == shown
     assert bool(episode.turns[0].observation) == shown
 
@@ -111,7 +111,7 @@ def test_whether_the_model_sees_why_its_program_failed_is_an_option(policy, samp
 def test_a_search_without_a_backend_is_answered(policy, samples, monkeypatch):
     play(monkeypatch, policy, search("painter"), answer("1"))                           # B17
     episode, = attempt(policy, samples(("dark",)))
-    assert episode.turns[0].observation == f"<information> {rollout_module.REPLY_NO_SEARCH} </information>"
+    assert episode.turns[0].observation == rollout_module.REPLY_NO_SEARCH
 
 
 # --- the box of a crop question -----------------------------------------------------------------------------------
@@ -121,11 +121,11 @@ CROP = code("import numpy", "image = Image.fromarray(numpy.asarray(image)[3:9, 2
 
 
 @pytest.mark.parametrize("crop_box, size", [("question", (56, 28)), ("model", (38, 6))])
-def test_where_crops_are_cut_is_an_option(policy, samples, sandbox, monkeypatch, crop_box, size):
+def test_where_crops_are_cut_is_an_option(policy, samples, tools, monkeypatch, crop_box, size):
     sample = dataclasses.replace(*samples(("none",)), question="Read the text in [0, 250, 500, 500].")
     assert sample.open_image().size == (112, 112)
     play(monkeypatch, policy, problem("crop"), CROP, answer("1"))
-    episode, = attempt(policy, [sample], sandbox, crop_box=crop_box)
+    episode, = attempt(policy, [sample], tools, crop_box=crop_box)
     assert episode.view.size == size
     assert "[3:9, 2:40]" in episode.turns[1].text, "what the model wrote was changed"
     assert ("[3:9, 2:40]" in episode.turns[1].action.value) == (crop_box == "model")
@@ -134,11 +134,11 @@ def test_where_crops_are_cut_is_an_option(policy, samples, sandbox, monkeypatch,
 @pytest.mark.parametrize("first, question", [("no problem named", "Read [0, 250, 500, 500]."),
                                              (problem("dark"), "Read [0, 250, 500, 500]."),
                                              (problem("crop"), "Read the number.")])
-def test_without_a_crop_problem_or_a_box_the_program_runs_as_written(policy, samples, sandbox, monkeypatch,
+def test_without_a_crop_problem_or_a_box_the_program_runs_as_written(policy, samples, tools, monkeypatch,
                                                                     first, question):
     sample = dataclasses.replace(*samples(("none",)), question=question)                # B10
     play(monkeypatch, policy, first, CROP, answer("1"))
-    assert attempt(policy, [sample], sandbox)[0].view.size == (38, 6)
+    assert attempt(policy, [sample], tools)[0].view.size == (38, 6)
 
 
 # --- single steps -------------------------------------------------------------------------------------------------
@@ -279,11 +279,11 @@ def test_parts_that_a_row_does_not_have_are_none():
 
 @real_files
 @pytest.mark.parametrize("protocol, images", [("episodes", 2), ("paper", 1)])
-def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(policy, sandbox, monkeypatch, protocol, images):
+def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(policy, tools, monkeypatch, protocol, images):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[0]
     play(monkeypatch, policy, problem("rotation180"), code("image = image.rotate(180)"), answer("1 Can (473mL)."))
     config = arft.Config(protocol=protocol, max_new_tokens=96)
-    summary, (episode,) = arft.evaluate(policy, [sample], sandbox, config, 0.0, arft.Clock(), "scripted")
+    summary, (episode,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted")
     assert (summary["em"], summary["f1"], summary["repaired"]["em"]) == (1.0, 1.0, 1.0)
     assert summary["splits"]["simple"]["n"] == 1 and summary["by_problem"]["rotation180"]["em"] == 1.0
     assert episode.answer == "1 Can (473mL)." and len(episode.images) == images
@@ -297,13 +297,13 @@ def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(polic
 
 @real_files
 @pytest.mark.parametrize("protocol, size", [("episodes", (38, 6)), ("paper", None)])
-def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(policy, sandbox, monkeypatch, protocol, size):
+def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(policy, tools, monkeypatch, protocol, size):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[3]
     width, height = sample.open_image().size
     size = size or (int(.506 * width) - int(.366 * width), int(.851 * height) - int(.723 * height))
     play(monkeypatch, policy, problem("crop"), CROP, answer("SINCE 1994"))
     config = arft.Config(protocol=protocol, max_new_tokens=96, max_length=10_000)
-    summary, (episode,) = arft.evaluate(policy, [sample], sandbox, config, 0.0, arft.Clock(), "scripted")
+    summary, (episode,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted")
     assert summary["em"] == 1.0 and episode.view.size == size and episode.sample.split == "hard"
 
 

@@ -70,8 +70,8 @@ def test_append_takes_everything_or_nothing(samples, policy):
     assert (len(episode.ids), len(episode.mask), len(episode.logp), len(episode.images)) == before
 
 
-def test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action(policy, samples, sandbox):
-    for episode in sampled(policy, samples(*KINDS), sandbox):
+def test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action(policy, samples, tools):
+    for episode in sampled(policy, samples(*KINDS), tools):
         assert len(episode.ids) == len(episode.mask) == len(episode.logp)
         spans = {i for turn in episode.turns for i in range(turn.start, turn.stop)}
         assert {i for i, m in enumerate(episode.mask) if m} == spans
@@ -92,9 +92,9 @@ def largest_difference(policy, episodes):
     return ((logp - batch.logp_old) * batch.mask).abs().max().item()
 
 
-def test_sampled_and_scored_log_probs_agree(policy, samples, sandbox):
+def test_sampled_and_scored_log_probs_agree(policy, samples, tools):
     """Over whole episodes with tool images, rows of different lengths and padding, in one padded batch."""
-    episodes = sampled(policy, samples(*KINDS, ("none",)), sandbox, temperature=1.0)
+    episodes = sampled(policy, samples(*KINDS, ("none",)), tools, temperature=1.0)
     assert len({len(e.ids) for e in episodes}) > 3 and len({len(e.turns) for e in episodes}) > 1
     assert any(len(e.images) > 1 for e in episodes), "no episode has a tool image: this would prove nothing"
     assert largest_difference(policy, episodes) < 1e-4
@@ -131,12 +131,12 @@ def break_last_id(monkeypatch, policy):
 
 
 @pytest.mark.parametrize("sabotage", [break_positions, break_mask, break_cache, break_last_id])
-def test_the_check_notices_a_broken_position_mask_or_cache(policy, samples, sandbox, monkeypatch, sabotage):
+def test_the_check_notices_a_broken_position_mask_or_cache(policy, samples, tools, monkeypatch, sabotage):
     sabotage(monkeypatch, policy)
-    assert largest_difference(policy, sampled(policy, samples(*KINDS, ("none",)), sandbox)) > 1e-3
+    assert largest_difference(policy, sampled(policy, samples(*KINDS, ("none",)), tools)) > 1e-3
 
 
-def test_cached_logits_equal_one_full_forward(policy, samples, sandbox, monkeypatch):
+def test_cached_logits_equal_one_full_forward(policy, samples, tools, monkeypatch):
     """The hidden state after each observation, from the kept cache, against a forward over the whole list."""
     states = []
     original = Rows.feed
@@ -145,7 +145,7 @@ def test_cached_logits_equal_one_full_forward(policy, samples, sandbox, monkeypa
         original(self, pieces, positions, features)
         states.append(self.last)
     monkeypatch.setattr(Rows, "feed", feed)
-    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=1, seed=2)
+    episodes = sampled(policy, samples(("dark",)), tools, group_size=1, seed=2)
     assert len(states) >= 2
     episode = episodes[0]
     starts = [turn.start for turn in episode.turns]
@@ -170,40 +170,40 @@ def test_samples_follow_the_distribution(policy):
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
 
 
-def test_greedy_episodes_do_not_depend_on_their_neighbours(policy, samples, sandbox):
+def test_greedy_episodes_do_not_depend_on_their_neighbours(policy, samples, tools):
     """Alone or beside others, in a group or not: the same greedy episode."""
     three = samples(*KINDS)
-    together = sampled(policy, three, sandbox, group_size=2, temperature=0.0)
+    together = sampled(policy, three, tools, group_size=2, temperature=0.0)
     for i, sample in enumerate(three):
-        alone = sampled(policy, [sample], sandbox, group_size=1, temperature=0.0)[0]
+        alone = sampled(policy, [sample], tools, group_size=1, temperature=0.0)[0]
         assert alone.ids == together[2 * i].ids == together[2 * i + 1].ids
 
 
-def test_the_same_seed_gives_the_same_episodes(policy, samples, sandbox):
-    first, again, other = (sampled(policy, samples(*KINDS), sandbox, seed=s) for s in (5, 5, 6))
+def test_the_same_seed_gives_the_same_episodes(policy, samples, tools):
+    first, again, other = (sampled(policy, samples(*KINDS), tools, seed=s) for s in (5, 5, 6))
     assert [e.ids for e in first] == [e.ids for e in again] and [e.logp for e in first] == [e.logp for e in again]
     assert [e.ids for e in first] != [e.ids for e in other]
 
 
-def test_barred_ids_are_never_sampled(policy, samples, sandbox):
+def test_barred_ids_are_never_sampled(policy, samples, tools):
     """Even a policy that wants nothing else cannot write an image pad."""
     class Eager(type(policy)):
         def hidden(self, *arguments, **more):
             out = super().hidden(*arguments, **more)
             return out + 100 * self.model.lm_head.weight[self.image_pad]
     eager = Eager(policy.model, policy.tokenizer, policy.image_processor, policy.system_prompt)
-    for episode in sampled(eager, samples(("dark",)), sandbox, max_new_tokens=10):
+    for episode in sampled(eager, samples(("dark",)), tools, max_new_tokens=10):
         assert not set(i for i, m in zip(episode.ids, episode.mask) if m) & {policy.image_pad, policy.im_start}
 
 
 # --- whole episodes, from a script ------------------------------------------------------------------------------
 
 
-def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, samples, sandbox, monkeypatch):
+def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, samples, tools, monkeypatch):
     sample, = samples(("rotation90",))
     gold = sample.golds[0]
     play(monkeypatch, policy, [[problem("rotation90"), code("image = image.rotate(-90)"), answer(gold)]])
-    episode, = sampled(policy, [sample], sandbox, group_size=1)
+    episode, = sampled(policy, [sample], tools, group_size=1)
     assert [t.action.kind for t in episode.turns] == ["problem", "code", "answer"]
     assert [t.observation for t in episode.turns] == [rollout_module.REPLY_PROBLEM, rollout_module.REPLY_IMAGE, None]
     assert episode.answer == gold and episode.ended == "answer" and len(episode.images) == 2
@@ -214,39 +214,39 @@ def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, sampl
     assert (reward.answer, reward.format, reward.problem) == (1.0, 1.0, 1.0)
 
 
-def test_answering_at_once_is_worth_less_than_working(policy, samples, sandbox, monkeypatch):
+def test_answering_at_once_is_worth_less_than_working(policy, samples, tools, monkeypatch):
     """The best a policy without code can hope for on an unreadable image is the format's reward."""
     sample, = samples(("dark",))
     gold = sample.golds[0]
     wrong = "13" if gold != "13" else "14"
     play(monkeypatch, policy, [[answer(wrong)], [problem("dark"), code("image = image.point(lambda v: v * 6)"), answer(gold)]])
-    lazy, working = sampled(policy, [sample], sandbox, group_size=2)
+    lazy, working = sampled(policy, [sample], tools, group_size=2)
     assert episode_reward(lazy).total == 1.0 and episode_reward(working).total == 3.0
 
 
-def test_what_goes_wrong_goes_back_to_the_model(policy, samples, sandbox, monkeypatch):
+def test_what_goes_wrong_goes_back_to_the_model(policy, samples, tools, monkeypatch):
     play(monkeypatch, policy, [
         [code("raise ValueError('no')"), answer("1")], [code("image = image.rotate("), answer("1")],
         ["no tags at all", answer("1")], ["<think>I search.</think><search>x</search>", answer("1")],
         [problem("none"), answer("1")]])
-    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=5)
+    episodes = sampled(policy, samples(("dark",)), tools, group_size=5)
     said = [e.turns[0].observation for e in episodes]
     assert "ValueError" in said[0] and "SyntaxError" in said[1] and said[2].startswith("Not understood: ")
     assert said[3] == rollout_module.REPLY_NO_SEARCH and said[4] == rollout_module.REPLY_NONE
     assert all(e.answer == "1" and len(e.images) == 1 for e in episodes)
 
 
-def test_a_second_program_works_on_the_first_ones_image(policy, samples, sandbox, monkeypatch):
+def test_a_second_program_works_on_the_first_ones_image(policy, samples, tools, monkeypatch):
     half = code("image = image.resize((image.width // 2, image.height // 2))")
     play(monkeypatch, policy, [[half, half, answer("1")]])
-    episode, = sampled(policy, samples(("none",)), sandbox, group_size=1)
+    episode, = sampled(policy, samples(("none",)), tools, group_size=1)
     assert [t.execution.image.size for t in episode.turns[:2]] == [(56, 56), (28, 28)]
 
 
-def test_equal_programs_of_a_group_share_one_image(policy, samples, sandbox, monkeypatch):
+def test_equal_programs_of_a_group_share_one_image(policy, samples, tools, monkeypatch):
     turn = code("image = image.rotate(180)")
     play(monkeypatch, policy, [[turn, answer("1")]] * 3)
-    episodes = sampled(policy, samples(("none",)), sandbox, group_size=3)
+    episodes = sampled(policy, samples(("none",)), tools, group_size=3)
     assert len({id(e.images[1]) for e in episodes}) == 1
 
 
@@ -260,30 +260,30 @@ def test_with_tools_off_the_image_stays_as_it_was(policy, samples, monkeypatch):
 # --- how episodes end ---------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_end(policy, samples, sandbox, monkeypatch):
+def test_every_way_to_end(policy, samples, tools, monkeypatch):
     play(monkeypatch, policy, [[answer("1")], [problem("dark")] * 3, [answer("12345") + "..."],
                                [problem("dark") + "...", answer("1")]])
-    episodes = sampled(policy, samples(("dark",)), sandbox, group_size=4, max_turns=3)
+    episodes = sampled(policy, samples(("dark",)), tools, group_size=4, max_turns=3)
     assert [e.ended for e in episodes] == ["answer", "turns", "cut", "cut"]
     assert [e.answer for e in episodes] == ["1", None, None, None], "an answer without its end of turn is none"
     assert episodes[1].turns[-1].observation is None
 
 
-def test_an_observation_that_does_not_fit_ends_the_episode_before_it(policy, samples, sandbox, monkeypatch):
+def test_an_observation_that_does_not_fit_ends_the_episode_before_it(policy, samples, tools, monkeypatch):
     """Nothing is truncated, an image least of all: ids and images stay as they were (law 5)."""
     sample, = samples(("dark",))
     turn = code("image = image.rotate(180)")
     prompt = len(begin(policy, [sample])[0].ids)
     room = prompt + len(policy.text_ids(turn)) + 1 + 8
     play(monkeypatch, policy, [[turn, answer("1")]])
-    episode, = sampled(policy, [sample], sandbox, group_size=1, max_length=room)
+    episode, = sampled(policy, [sample], tools, group_size=1, max_length=room)
     assert episode.ended == "length" and len(episode.ids) <= room and len(episode.images) == 1
     assert episode.ids.count(policy.image_pad) == policy.image_tokens(episode.images[0])
 
 
-def test_the_clock_counts_every_phase(policy, samples, sandbox):
+def test_the_clock_counts_every_phase(policy, samples, tools):
     clock = Clock()
-    rollout(policy, samples(("dark",)), group_size=2, tools=sandbox, generator=torch.Generator(), clock=clock,
+    rollout(policy, samples(("dark",)), group_size=2, tools=tools, generator=torch.Generator(), clock=clock,
             limits=dataclasses.replace(Limits(), max_new_tokens=64))
     assert set(clock.seconds) >= {"vision", "prefill", "decode", "tools"}
 

@@ -101,7 +101,7 @@ class Config:
     max_turns: int = option(5, "turns in an episode; paper: 5 (in evaluation)")
     max_length: int = option(4096, "ids in an episode; an observation that does not fit ends it")
     # the tools
-    tools: str = option("on", "off: programs do not run, the image stays as it is (a control)", ("on", "off"))
+    tools: str = option("on", "off: programs do not run, the image stays as it is, nothing is searched (a control)", ("on", "off"))
     sandbox_workers: int = option(2, "programs that run side by side")
     sandbox_seconds: float = option(10.0, "wall-clock limit of one program, seconds")
     sandbox_memory: int = option(1024, "memory limit of one program, MB")
@@ -567,7 +567,7 @@ def start(config: Config) -> int:
     with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
                  strict=config.sandbox == "strict") as sandbox:
         tools = Tools(sandbox, search, config.passages) if config.tools == "on" else Tools()
-        print(f"tools:  {sandbox.describe()}" if tools.sandbox else "tools:  off; programs return the image as it is")
+        print(f"tools:  {sandbox.describe()}" if tools.sandbox else "tools:  off; programs return the image as it is, searches find nothing")
         if search:
             print(f"search: {search.name}, {config.passages} passages; queries are compared with gold ones by: {similarity_name}")
         try:

@@ -130,7 +130,7 @@ class Run:
             return
         self.write_json(f"predictions-{when}.json", [
             {"id": int(e.sample.id) if e.sample.id.isdigit() else e.sample.id, "gt": list(e.sample.golds),
-             "pred_answer": e.answer, "split": e.sample.split} for e in episodes])
+             "pred_answer": e.answer, **({"split": e.sample.split} if e.sample.split else {})} for e in episodes])
         self.append("episodes.jsonl", *(self.episode_record(str(when), i, e, r, None, True)
                                         for i, (e, r) in enumerate(zip(episodes, rewards))))
 

@@ -12,7 +12,9 @@ fork: a program costs a few milliseconds instead of a fresh interpreter's hundre
 trainer sends three open files, and the child receives and reads them.  The *child* is forked ahead, before its job
 comes, and puts up the walls of `LAYERS` in their order, in an empty directory; then it writes the input image there,
 runs the program, decodes the output image (a hostile file, hence still inside the jail) and leaves raw pixels in the
-third file.  The zygote watches the clock and the disk, and reports how it ended: that is all it says.
+third file.  The zygote watches the clock and the disk, and reports how it ended: that is all it says.  It kills the
+child and reports as soon as the child says that it is done; the process is waited for and its directory removed while
+the trainer goes on, and always before the next child is forked.
 
 Where the kernel is not Linux there are no walls to be had from Python; the child is then a fresh interpreter (to
 fork after numpy is not safe on macOS) with resource limits only.  `escapes` tries the jail from inside at the start

@@ -323,7 +323,7 @@ class Worker:
             job.flush()
             socket.send_fds(self._socket, [b"!"], [job.fileno(), output.fileno(), result.fileno()])
             error = self._reply()["error"]
-            result.seek(0)
+            result.seek(0)          # the child is killed, if not yet gone: each byte is read once, and checked
             image, problem = read_result(result) if not error else (None, error)
             stdout = self._tidy(read_text(output.fileno()))
         if problem:

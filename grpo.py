@@ -197,7 +197,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """
     stats, count, skipped = defaultdict(float), 0, 0
     logp_error = 0.0
-    logp_ref = None if reference is None else reference_logp(reference, episodes, config)
+    logp_ref = None if reference is None else frozen_logp(reference, episodes, config)
     for _ in range(config.inner_epochs):
         order = (torch.randperm(len(episodes), generator=generator, device=generator.device)
                  if config.minibatches > 1 else torch.arange(len(episodes)))
@@ -221,14 +221,15 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
         "logp_error": logp_error, "updates": count, "skipped_updates": skipped}
 
 
-def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
-    """Log-probs of each episode's sampled ids under the reference, [its length]: once a step, for all passes."""
+def frozen_logp(policy: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
+    """Log-probs of each episode's sampled ids, [its length], without a gradient: under the reference once a step, for
+    all passes; under the policy after its update, for the record."""
     logps = [None] * len(episodes)
     order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].ids))
     for start in range(0, len(order), config.micro_batch):
         rows = order[start:start + config.micro_batch]
         with torch.no_grad():
-            logp, _ = episode_logp(reference, collate(reference, [episodes[i] for i in rows]), config.temperature)
+            logp, _ = episode_logp(policy, collate(policy, [episodes[i] for i in rows]), config.temperature)
         for i, row in zip(rows, logp):
             logps[i] = row[:len(episodes[i].ids)]
     return logps

@@ -88,18 +88,17 @@ def zero_loss_note(config, stats: dict) -> str | None:
     """Why the first step's loss is about zero and its gradient is not; None where this is not so.
 
     It is so where every episode weighs the same and enters by its ratio: loss types grpo and gspo. dapo and dr_grpo
-    weigh an episode by its length, cispo multiplies the advantage with logp, not with the ratio.
+    weigh an episode by its length, cispo multiplies the advantage with logp, not with the ratio. And where no group has
+    unequal rewards, there is no gradient either. stats: the step's line of metrics.
     """
-    if config.loss_type not in ("grpo", "gspo") or stats.get("loss") is None or not stats.get("updates"):
+    if config.loss_type not in ("grpo", "gspo") or not stats["updates"] or stats["zero_variance"] == 1:
         return None
-    why = (f"loss {stats['loss']:.4f}, gradient norm {stats['grad_norm']:.2f}: before the first update every ratio is 1 and "
-           "the advantages of a group sum to zero, so the loss is about zero, but its gradient is that of A * logp")
-    if config.minibatches > 1:
-        why += " (a minibatch cuts groups: over a pass its parts cancel)"
-    if config.inner_epochs * config.minibatches > 1:
-        why += "; the ratio and the loss move from the second of the step's " \
-               f"{config.inner_epochs * config.minibatches} updates on"
-    return textwrap.fill(why + "; watch the reward.", 100, initial_indent="        ", subsequent_indent="        ")
+    updates = config.inner_epochs * config.minibatches
+    printed = f" (printed: the mean of the step's {updates} updates, in which the ratio moves)" if updates > 1 else ""
+    return textwrap.fill(
+        f"loss {stats['loss']:.4f}, gradient norm {stats['grad_norm']:.2f}: before the first update every ratio is 1 and a "
+        f"group's advantages sum to zero, so the loss of the step's episodes is about zero{printed}, but its gradient is "
+        "that of A * logp: watch the reward, not the loss.", 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 
 # --- tokens, for show -----------------------------------------------------------------------------------------
@@ -170,7 +169,8 @@ class Run:
         (self.folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
 
     def append(self, name: str, *objects: dict) -> None:
-        with open(self.folder / name, "a") as file:
+        # a lone surrogate from a data file has no UTF-8; as \\ud800 it is the same JSON
+        with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
 
     def record_step(self, step: int, done: dict) -> None:

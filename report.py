@@ -146,10 +146,18 @@ def visible(text: str) -> str:
 
 
 def shown(text: str | None) -> str | None:
-    """`visible`, and not longer than a page can bear."""
+    """The text, if it is not longer than a page can bear; else its beginning."""
     if text is None or len(text) <= TEXT_LIMIT:
-        return text and visible(text)
-    return visible(text[:TEXT_LIMIT]) + f" ... ({len(text) - TEXT_LIMIT:,} more characters are in the run folder)"
+        return text
+    return text[:TEXT_LIMIT] + f" ... ({len(text) - TEXT_LIMIT:,} more characters are in the run folder)"
+
+
+def templates() -> Environment:
+    """The one way into the page: whatever a template prints is first made `visible`, then escaped."""
+    def finalize(value):
+        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return Environment(loader=FileSystemLoader(Path(__file__).parent / "data"), autoescape=True, finalize=finalize,
+                       undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def highlight(text: str) -> list[tuple[str, str]]:
@@ -202,7 +210,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """At most `most` round numbers from `low` on, which end at or above `high`.
 
     >>> ticks(0, 2.85), ticks(1, 70)
-    ([0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0], [0, 20, 40, 60, 80])
+    ([0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0], [0.0, 20.0, 40.0, 60.0, 80.0])
     """
     span = max(high - low, 1e-9)
     power = 10.0 ** math.floor(math.log10(span / most))
@@ -219,7 +227,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def chart(title: str, unit: str, series: list[tuple[str, str, list]], top: float | None = None) -> dict | None:
-    """A drawing for the template: series of (name, "line" or "points", [(step, value)]); None if there is nothing.
+    """A drawing for the template: series of (name, "line", "points" or "parts" (small points), [(step, value)]); None if there is nothing.
 
     Values that are missing or not finite are gaps. Coordinates are those of a 480 x 260 picture.
     """
@@ -258,8 +266,8 @@ def charts(metrics: list[dict], evaluations: list[dict]) -> list[dict]:
         chart("Exact match", "percent", [
             ("training, sampled", "line", of("em", 100.0)), ("held out, greedy", "points", held_out(lambda e: e["em"])),
             ("held out, sampled", "points", held_out(lambda e: e.get("sampled", {}).get("em"))),
-            *((f"greedy, {split}", "points", held_out(lambda e: e.get("splits", {}).get(split, {}).get("em")))
-              for split in splits[:3])], top=100),
+            *((f"greedy, {split}", "parts", held_out(lambda e, split=split: e.get("splits", {}).get(split, {}).get("em")))
+              for split in splits[:3] if len(splits) > 1)], top=100),
         chart("KL and entropy", "nats a token", [("KL to the reference", "line", of("kl")),
                                                  ("entropy", "line", of("entropy"))]),
         chart("Loss and gradient", "no unit", [("gradient norm", "line", of("grad_norm")), ("loss", "line", of("loss"))])]
@@ -291,7 +299,7 @@ def turn_tokens(tokens: dict) -> list[list[int]]:
 
 def shaded_text(tokens: dict, entries: list[int]) -> list[dict]:
     """A turn's tokens for the template: pieces of highlighted text, the ratio's shade, what the pointer shows."""
-    texts = [visible(tokens["tokens"][t]) for t in entries]
+    texts = [tokens["tokens"][t] for t in entries]
     pieces, spans = cut(highlight("".join(texts)), [len(text) for text in texts]), []
     for t, parts in zip(entries, pieces):
         old, new = tokens["logp_old"][t], tokens["logp"][t]
@@ -384,7 +392,7 @@ def index_episodes(folder: Path) -> tuple[dict, dict]:
         counters[when] += 1
         if when in ("before", "after"):
             held_out[index][when] = offset
-        elif index < group and when.removeprefix("step-").isdigit():
+        elif index < group and when.removeprefix("step-").isdecimal():
             steps[int(when.removeprefix("step-"))][index] = offset
     return dict(sorted(held_out.items())), {step: sorted(steps[step].items()) for step in sorted(steps)}
 
@@ -450,8 +458,7 @@ def write(folder: str | Path) -> Path:
 
 def render(folder: Path) -> str:
     """The page as text. Whatever a run has not written yet is left out of it."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "data"), autoescape=True,
-                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = templates()
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     metrics = [m for _, m in read_lines(folder / "metrics.jsonl")]
     evaluations = read_evaluations(folder)
@@ -516,11 +523,11 @@ def episodes_of(folder: Path, template) -> dict:
 
     def values(name: str) -> list[str]:
         found = {value for fact in facts for value in ([fact[name]] if isinstance(fact[name], str) else fact[name])}
-        return sorted(found - {""}, key=lambda value: (value.isdigit(), int(value) if value.isdigit() else 0, value))[:2000]
+        return sorted(found - {""}, key=lambda value: (value.isdecimal(), int(value) if value.isdecimal() else 0, value))[:2000]
     return {"cases": [Markup(case) for case in pairs + groups], "images": album.images,
             "filters": {name: values(name) for name in ("result", "split", "problems", "step")},
             "shown": {"pairs": len(pairs), "all_pairs": len(held_out), "steps": len({f["step"] for f in more}),
-                      "all_steps": len(steps)}, "image_side": IMAGE_SIDE, "with_tokens": bool(tokens)}
+                      "all_steps": len(steps)}, "image_side": IMAGE_SIDE, "limit_mb": LIMIT // 1_000_000, "with_tokens": bool(tokens)}
 
 
 # --- one episode in the terminal -------------------------------------------------------------------------------------
@@ -532,7 +539,7 @@ def show_episode(number: str, folder: str | Path) -> str:
     found = [(offset, record["when"]) for offset, record in read_lines(path)]
     if not found:
         raise ReportError(f"{path} holds no episode; the run made no step, or was made with --record-tokens off")
-    if not number.isdigit() or not 1 <= int(number) <= len(found):
+    if not number.isdecimal() or not 1 <= int(number) <= len(found):
         raise ReportError(f"--show-episode {number}: {path} has episodes 1 to {len(found)}: {available(found)}")
     record = read_at(path, found[int(number) - 1][0])
     head = [f"episode {number} of {len(found)}: {record['when']}, number {record['index'] + 1} of its group, "

@@ -124,7 +124,7 @@ def test_hostile_text_changes_no_tag_no_attribute_and_no_script(tmp_path):
     assert "49 " not in text
 
 
-@pytest.mark.parametrize("text", ["<code>'''" + "''' \"" * 300, "<code>" * 50 + "x = 1", HOSTILE, "<code># \"'\n'</code>'"])
+@pytest.mark.parametrize("text", ["<code>'''" + "''' \"" * 300, "<code>" * 50 + "x = 1", HOSTILE, "<code># \"'\n'</code>'", "<code>f(x) + )"])
 def test_highlighting_loses_no_character(text):
     assert "".join(piece for _, piece in report.highlight(text)) == text
     widths = [1, 2, 3] * (len(text) // 6 + 1)

@@ -536,10 +536,10 @@ def main(arguments: list[str]) -> int:
             return check_files(config)
         if config.score:
             return score_file(config)
-        if config.report:
+        if config.report is not None:
             print(report.write(config.report))
             return 0
-        if config.show_episode:
+        if config.show_episode is not None:
             print(show_episode(*config.show_episode))
             return 0
         return compare_files(config) if config.compare else start(config)

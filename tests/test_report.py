@@ -314,8 +314,8 @@ def test_without_recorded_tokens_there_is_no_table(tmp_path):
 # --- what a run records ------------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_those_of_the_episode_with_their_places(policy, samples, sandbox):
-    made, = rollout(policy, samples(("dark",)), limits=Limits(max_turns=3), tools=sandbox,
+def test_tokens_are_those_of_the_episode_with_their_places(policy, samples, tools):
+    made, = rollout(policy, samples(("dark",)), limits=Limits(max_turns=3), tools=tools,
                     generator=torch.Generator().manual_seed(3))
     logp = torch.arange(len(made.ids)) / 8
     kept = record.token_record(policy, made, logp)
@@ -344,12 +344,12 @@ SHORT = ["--steps", "2", "--seed", "5", "--samples-per-step", "2", "--group-size
          "--eval-batch", "3", "--model", str(ROOT / "data" / "tiny")]
 
 
-def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, sandbox, monkeypatch):
+def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, tools, monkeypatch):
     """Against a forward pass of each episode alone; the advantages are given, so that there is something to learn."""
     monkeypatch.setattr(grpo, "group_advantages", lambda totals, *more: torch.linspace(-1, 1, len(totals)))
     config = Config(steps=2, samples_per_step=1, group_size=4, lr=1e-3, inner_epochs=1, minibatches=1, micro_batch=3,
                     max_new_tokens=40, max_turns=1, warmup=0, flat_groups="keep")
-    trainer = arft.Trainer(fresh_policy, samples(("dark",), ("blur",)), sandbox, config)
+    trainer = arft.Trainer(fresh_policy, samples(("dark",), ("blur",)), tools, config)
     done = trainer.step()
     assert len(done["tokens"]) == 4
     for kept, one in zip(done["tokens"], done["episodes"]):
@@ -411,9 +411,9 @@ def test_the_zero_loss_is_explained_where_it_is_zero(options, words):
     assert record.zero_loss_note(config, nothing) is record.zero_loss_note(config, only_kl) is None
 
 
-def test_the_loss_is_as_zero_as_the_note_says(fresh_policy, samples, sandbox):
+def test_the_loss_is_as_zero_as_the_note_says(fresh_policy, samples, tools):
     """One update on whole groups of unequal lengths: zero for grpo, which is explained; not zero for dapo, which is not."""
-    episodes = rollout(fresh_policy, samples(("dark",), ("blur",)), group_size=4, tools=sandbox,
+    episodes = rollout(fresh_policy, samples(("dark",), ("blur",)), group_size=4, tools=tools,
                        limits=Limits(max_new_tokens=40, max_turns=3), generator=torch.Generator().manual_seed(1))
     episodes.sort(key=lambda e: sum(e.mask))
     assert sum(episodes[0].mask) < sum(episodes[-1].mask)

@@ -142,7 +142,10 @@ def visible(text: str) -> str:
     >>> visible("a\\x1b[31m\\tb\\u202ec")
     'a\\\\x1b[31m\\tb\\\\u202ec'
     """
-    return DISTURBING.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+    def escape(match) -> str:
+        code = ord(match[0])
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    return DISTURBING.sub(escape, text)
 
 
 def shown(text: str | None) -> str | None:
@@ -381,9 +384,9 @@ def spread(things: list) -> list:
 
 
 def index_episodes(folder: Path) -> tuple[dict, dict]:
-    """Where episodes.jsonl has what the page shows, as offsets in bytes: {sample's place: {"before": offset, "after": offset}}
-    of the evaluations, {step: [(index, offset), ...]} of each step's first group. Of two lines for one place (a run
-    that was resumed) the later one counts."""
+    """Where episodes.jsonl has what the page shows, as offsets in bytes: of the evaluations
+    {sample's place: {"before": offset, "after": offset}}, of each step's first group {step: [(index, offset), ...]}.
+    Of two lines for one place (a run that was resumed) the later one counts."""
     group = read_json(folder / "config.json").get("group_size", 8)
     held_out, steps, counters = defaultdict(dict), defaultdict(dict), defaultdict(int)
     for offset, record in read_lines(folder / "episodes.jsonl"):
@@ -495,7 +498,7 @@ def phases(summary: dict, metrics: list[dict]) -> list[tuple[str, float, float]]
 
 
 def warnings(metrics: list[dict]) -> list[dict]:
-    """What went wrong, by name: in how many steps, first and last of them, the last message, the option that acts on it."""
+    """What went wrong, by name: in how many steps, first and last of them, the last message and the option to use."""
     found = {}
     for m in metrics:
         for warning in m.get("warnings") or []:
@@ -509,7 +512,8 @@ def episodes_of(folder: Path, template) -> dict:
     """The episode browser's part of the page: cases, images, what to filter by, and how much is shown."""
     album = Album(folder)
     held_out, steps = index_episodes(folder)
-    tokens = {(record.get("when"), record.get("index")): offset for offset, record in read_lines(folder / "tokens.jsonl")}
+    tokens = {(record.get("when"), record.get("index")): offset
+              for offset, record in read_lines(folder / "tokens.jsonl")}
 
     def render_case(case: dict) -> str:
         return template.render(case=case, sizes=[(image["width"], image["height"]) for image in album.images])

@@ -230,8 +230,9 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def chart(title: str, unit: str, series: list[tuple[str, str, list]], top: float | None = None) -> dict | None:
-    """A drawing for the template: series of (name, "line", "points" or "parts" (small points), [(step, value)]); None if there is nothing.
+    """A drawing for the template; None if there is nothing to draw.
 
+    series: (name, kind, [(step, value)]); the kinds are "line", "points" and "parts" (small points).
     Values that are missing or not finite are gaps. Coordinates are those of a 480 x 260 picture.
     """
     series = [(name, kind, [(x, y) for x, y in points if y is not None and math.isfinite(y)])
@@ -331,7 +332,8 @@ def episode_view(record: dict, tokens: dict | None, album: "Album") -> dict:
     parts = [(name, value) for name, value in reward.items() if name not in ("total", "em") and value is not None]
     advantage = record.get("advantage")
     return {"turns": turns, "input": album.key(record.get("input")), "total": reward["total"], "parts": parts,
-            "right": bool(reward.get("em") if reward.get("accuracy") is None else reward["accuracy"] == 1), "answer": shown(record["answer"]), "ended": record["ended"],
+            "right": bool(reward.get("em") if reward.get("accuracy") is None else reward["accuracy"] == 1),
+            "answer": shown(record["answer"]), "ended": record["ended"],
             "advantage": advantage, "shade": shade(advantage or 0.0, ADVANTAGES), "index": record.get("index", 0)}
 
 
@@ -527,11 +529,13 @@ def episodes_of(folder: Path, template) -> dict:
 
     def values(name: str) -> list[str]:
         found = {value for fact in facts for value in ([fact[name]] if isinstance(fact[name], str) else fact[name])}
-        return sorted(found - {""}, key=lambda value: (value.isdecimal(), int(value) if value.isdecimal() else 0, value))[:2000]
+        in_order = sorted(found - {""}, key=lambda v: (v.isdecimal(), int(v) if v.isdecimal() else 0, v))
+        return in_order[:2000]
     return {"cases": [Markup(case) for case in pairs + groups], "images": album.images,
             "filters": {name: values(name) for name in ("result", "split", "problems", "step")},
             "shown": {"pairs": len(pairs), "all_pairs": len(held_out), "steps": len({f["step"] for f in more}),
-                      "all_steps": len(steps)}, "image_side": IMAGE_SIDE, "limit_mb": LIMIT // 1_000_000, "with_tokens": bool(tokens)}
+                      "all_steps": len(steps)}, "image_side": IMAGE_SIDE, "limit_mb": LIMIT // 1_000_000,
+            "with_tokens": bool(tokens)}
 
 
 # --- one episode in the terminal -------------------------------------------------------------------------------------

@@ -232,8 +232,10 @@ def test_check_data_fetches_the_test_file_alone(hub, capsys, no_model):
     (["--task", "2wiki", "--eval-only"],
      "hf download RUC-NLPIR/FlashRAG_datasets 2wikimultihopqa/dev.jsonl --repo-type dataset --local-dir DIR"),
     (["--task", "mat-search", "--eval-only"], "hf download laolao77/MAT --repo-type dataset --local-dir DIR")])
-def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys, no_model, arguments, command):
+def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys, no_model, monkeypatch, arguments,
+                                                                               command):
     hub(reachable=False)
+    monkeypatch.setattr(arft, "is_small", lambda model: False)      # for an embedded model, MAT-mini would be drawn
     code, _, err = said_by(capsys, *arguments, "--model", ROOT / "data" / "tiny")
     assert code == 2 and command in err and "--data DIR" in err and "OSError" in err and err.count("\n") == 2
 

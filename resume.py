@@ -113,8 +113,9 @@ def save(folder: Path, state: dict) -> None:
     def write(file):
         try:
             torch.save(state, file)
-        except RuntimeError as error:       # torch's own writer on a full disk
-            raise OSError(5, str(error).splitlines()[0], file.name) from error
+        except RuntimeError as error:       # torch's own writer on a full disk, which hides the cause
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(5, str(error).splitlines()[0], file.name) from error
     write_file(home / checkpoint_name(state["step"]), write)
     for old in sorted(home.glob("step-*.pt"))[:-KEPT]:
         old.unlink()

@@ -28,6 +28,14 @@ def family(pid: int) -> list[int]:
     return [pid, *(p for child in children for p in family(child))]
 
 
+def born(pid: int) -> str:
+    """When a process started, in ticks; "" if there is none. Ids are used again, ids with this are not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
 def memory(pid: int) -> float:
     """Resident, MB; 0 for a process that has just ended."""
     try:
@@ -40,14 +48,14 @@ def memory(pid: int) -> float:
 def look(pid: int, scratch: Path) -> tuple[float, int, int, int]:
     """Memory of the trainer, MB; its open files; processes with it and below it; scratch directories."""
     files = len(os.listdir(f"/proc/{pid}/fd")) if Path(f"/proc/{pid}").exists() else 0
-    return memory(pid), files, len(family(pid)), len(list(scratch.iterdir()))
+    return memory(pid), files, len(family(pid)), len(list(scratch.glob("arft-*")))      # torch has a cache there, too
 
 
 def watch(process: subprocess.Popen, out: Path, scratch: Path, steps: int) -> list[tuple]:
     """One row for each step: (step, *look)."""
     rows, seen = [], set()
     while process.poll() is None:
-        seen.update(family(process.pid))
+        seen.update((p, born(p)) for p in family(process.pid))
         lines = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
         if lines > (rows[-1][0] if rows else 0):
             rows.append((lines, *look(process.pid, scratch)))
@@ -55,9 +63,10 @@ def watch(process: subprocess.Popen, out: Path, scratch: Path, steps: int) -> li
                 print("{:5d}  {:9.1f}  {:5d}  {:9d}  {:7d}".format(*rows[-1]), flush=True)
         time.sleep(0.1)
     time.sleep(1)
-    left = [p for p in seen if Path(f"/proc/{p}").exists()]
-    print(f"left over: {len(left)} processes, {len(list(scratch.iterdir()))} scratch directories")
-    return rows + ([(None,)] if left or list(scratch.iterdir()) else [])
+    left = [p for p, start in seen if start and born(p) == start]
+    names = list(scratch.glob("arft-*"))
+    print(f"left over: {len(left)} processes, {len(names)} scratch directories")
+    return rows + ([(None,)] if left or names else [])
 
 
 def main() -> int:

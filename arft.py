@@ -1,6 +1,7 @@
 """Visual Agentic Reinforcement Fine-Tuning: the program.
 
     python arft.py --task mat-coding                         train, with evaluation before and after
+    python arft.py --resume RUN                              go on with a run that was stopped or killed
     python arft.py --task mat-coding --eval-only --model DIR evaluate a checkpoint
     python arft.py --task mat-coding --check-data --data MAT what the files hold, and what is wrong with them
     python arft.py --task mat-coding --score FILE            the scores of a predictions file, without a model
@@ -17,7 +18,7 @@ records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and i
 the same code with another model folder and another data folder is the real thing.
 
 Read next: policy.py, rollout.py, tools.py, rewards.py, grpo.py, in this order; paper.py last.
-Left out: several GPUs; LoRA; a resumed run (checkpoint/ has what it will need).
+Left out: several GPUs; LoRA.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,10 +43,12 @@ from tqdm import tqdm
 import grpo
 import paper
 import report
+import resume
 from data import mat, mini, mini_search
 from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, check_name, load
 from record import Run, token_record, zero_loss_note
 from report import HEADER, ReportError, score_row, show_episode, table
+from resume import RunError
 from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
                      score_predictions, step_reward, summarize)
 from rollout import Clock, Episode, Limits, rollout
@@ -91,6 +95,7 @@ class Config:
     check_data: bool = option(False, "print what the data files hold and every defect; exit code 1 if there is one")
     score: str | None = option(None, "print the scores of a predictions file, by both scorers")
     compare: list | None = option(None, "print what predictions file B is better than A by, item by item", values=("A", "B"))
+    resume: str | None = option(None, "go on with this run folder from its last checkpoint, with its own options")
     report: str | None = option(None, "make report.html of this run folder again")
     show_episode: list | None = option(None, "print the N-th episode of the run's tokens.jsonl, token by token",
                                        values=("N", "RUN"))
@@ -98,7 +103,8 @@ class Config:
     eval_only: bool = option(False, "evaluate and stop")
     eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
-    save_every: int = option(20, "steps between checkpoints; there is always one at the end")
+    save_every: int | None = option(None, "steps between checkpoints; 0: as often as 5% of the time allow; default: 1 for "
+                                          "data/tiny, else 0 (one of a whole 3B model is about 20 GB)")
     record_tokens: str = option("on", "write each step's first group token by token to tokens.jsonl; costs one forward pass "
                                       "of these episodes, without gradient, after the update", ("on", "off"))
     eval_batch: int = option(100, "samples evaluated side by side")
@@ -166,28 +172,83 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
-    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4)}
+    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4),
+    "save_every": (1, 0)}
+
+# What may be given beside --resume and differ: where things are (a fingerprint tells whether they are the same) and how
+# the machine is used. All else would make it another run.
+MAY_DIFFER = {"resume", "model", "data", "system_prompt", "similarity", "device", "threads", "save_every", "eval_every",
+              "eval_batch", "micro_batch", "sandbox_workers", "sandbox"}
 
 
-def parse_options(arguments: list[str]) -> Config:
-    """The command line as a Config. An unknown flag ends the program with exit code 2 (argparse)."""
+def given_options(arguments: list[str]) -> dict:
+    """The options that stand on the command line. An unknown flag ends the program with exit code 2 (argparse)."""
     parser = argparse.ArgumentParser(prog="arft.py", allow_abbrev=False, description=__doc__.split("\n")[0])
     for field in dataclasses.fields(Config):
         flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
         if field.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=help)
             continue
         kind = next((t for t in (int, float) if t is field.type or t in getattr(field.type, "__args__", ())), str)
         suffix = "" if field.default is None else f" (default: {field.default})"
         several = field.metadata["values"]
-        parser.add_argument(flag, type=kind, default=field.default, choices=field.metadata["choices"], metavar=several,
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, choices=field.metadata["choices"], metavar=several,
                             nargs=several and len(several), help=help + suffix)
-    return Config(**vars(parser.parse_args(arguments)))
+    return vars(parser.parse_args(arguments))
+
+
+def parse_options(arguments: list[str]) -> Config:
+    """The command line as a Config."""
+    return Config(**given_options(arguments))
+
+
+def resumed(given: dict) -> Config:
+    """The options of the run that --resume names, with those of the command line that may differ. Raises RunError."""
+    folder = Path(given["resume"])
+    if instead := given.keys() & {"check_data", "score", "compare"}:
+        raise UsageError(f"--resume and --{instead.pop().replace('_', '-')} cannot be had at once; choose one")
+    try:
+        kept = json.loads((folder / "config.json").read_text())
+        config = Config(**{field.name: kept[field.name] for field in dataclasses.fields(Config) if field.name in kept})
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"--resume {folder}: its config.json cannot be read ({error}); name the folder of a run, or start "
+                       "a new one without --resume") from None
+    config.resume = config.out = str(folder)
+    for name, value in given.items():
+        if name in MAY_DIFFER:
+            setattr(config, name, value)
+        elif value != getattr(config, name):
+            change_steps(config, value) if name == "steps" else refuse(name, value, getattr(config, name))
+    if config.device.partition(":")[0] != kept["device"].partition(":")[0]:
+        refuse("device", config.device, kept["device"])         # another precision, another random generator
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text())
+        if ("before" if config.eval_only else "after") in summary and summary["steps"] >= config.steps:
+            longer = f"; or --resume {folder} --steps N for more" if config.lr_schedule == "constant" else ""
+            raise RunError(f"--resume {folder}: this run is finished ({summary['steps']} steps). To train on from its "
+                           f"weights: --model {folder / 'model'} in a new run{longer}")
+    return config
+
+
+def refuse(name: str, value, kept) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    raise RunError(f"{flag} {value}: the run that is resumed has {kept}, and with another value it would be another "
+                   f"run. Leave {flag} out, or start a new run")
+
+
+def change_steps(config: Config, steps: int) -> None:
+    """More steps, or fewer: only where the learning rate does not depend on how many there are."""
+    if config.lr_schedule != "constant":
+        raise RunError(f"--steps {steps}: the learning rate of this run falls to zero at step {config.steps}, so with "
+                       "another number of steps its past would be another, too. Leave --steps out; to train on from its "
+                       f"weights, start a new run with --model {Path(config.out) / 'model'}. "
+                       "(Runs with --lr-schedule constant can be prolonged)")
+    config.steps = steps
 
 
 def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
-    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
+    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 0, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
              "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0,
              "step_side": 0, "passages": 1}
@@ -213,7 +274,7 @@ def check(config: Config) -> None:
         check_name(config.model)
     if config.system_prompt:
         read_prompt(config.system_prompt)
-    if config.out and Path(config.out).exists():
+    if config.out and not config.resume and Path(config.out).exists():
         raise UsageError(f"--out {config.out} exists; nothing was overwritten. Name a new folder or remove it")
     if config.device not in (None, "cpu") and not (config.device.startswith("cuda") and torch.cuda.is_available()):
         raise UsageError(f"--device {config.device} is not to be had here; use --device cpu")
@@ -424,16 +485,18 @@ class Trainer:
         trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.steps = 0          # complete steps
+        self.whole = True       # False within an update: what is in memory then is of no step
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.order = endless(samples, random.Random(config.seed))
+        self.randomness = self.random_states()      # at the end of the last complete step
 
     def rate(self) -> float:
         """This step's share of the learning rate: up over the warm-up, then down in a line (or not)."""
         warm = min(1.0, (self.steps + 1) / (self.config.warmup + 1))
         return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)
 
-    def step(self) -> dict:
-        """One step of GRPO. Returns what it did: episodes, rewards, advantages, statistics, seconds."""
+    def sample(self) -> dict:
+        """The first half of a step, which changes nothing that is kept: episodes, rewards, advantages, clock."""
         config, clock, start = self.config, Clock(), time.perf_counter()
         samples = [next(self.order) for _ in range(config.samples_per_step)]
         episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
@@ -441,48 +504,99 @@ class Trainer:
         rewards = score(episodes, config, self.similarity)
         totals = torch.tensor([reward.total for reward in rewards])                        # [N]
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
-        rows, stats = teaching_rows(totals, config), dict.fromkeys(grpo.STATISTICS)     # None where nothing is taught
+        return {"episodes": episodes, "rewards": rewards, "totals": totals, "advantages": advantages, "clock": clock,
+                "start": start}
+
+    def learn(self, done: dict) -> dict:
+        """The second half: the update. Returns `done` with its statistics and seconds."""
+        config, stats = self.config, dict.fromkeys(grpo.STATISTICS)         # None where nothing is taught
+        rows = teaching_rows(done["totals"], config)
+        self.whole = False
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self.rate()
-        with clock.phase("update"):
+        with done["clock"].phase("update"):
             if rows:
-                stats = grpo.update(self.policy, self.reference, [episodes[i] for i in rows], advantages[rows],
-                                    self.optimizer, config, self.generator)
-        recorded = episodes[:config.group_size] if config.record_tokens == "on" else []
+                stats |= grpo.update(self.policy, self.reference, [done["episodes"][i] for i in rows],
+                                     done["advantages"][rows], self.optimizer, config, self.generator)
+        recorded = done["episodes"][:config.group_size] if config.record_tokens == "on" else []
         tokens = [token_record(self.policy, episode, logp) for episode, logp
                   in zip(recorded, grpo.frozen_logp(self.policy, recorded, config))]
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
-        self.steps += 1
-        return {"episodes": episodes, "rewards": rewards, "totals": totals, "advantages": advantages,
-                "stats": stats, "tokens": tokens, "clock": clock, "seconds": time.perf_counter() - start}
+        self.steps, self.randomness, self.whole = self.steps + 1, self.random_states(), True
+        return done | {"stats": stats, "tokens": tokens, "seconds": time.perf_counter() - done["start"]}
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The weights that training changes, by name."""
+        return {name: weight for name, weight in self.policy.model.named_parameters() if weight.requires_grad}
+
+    def random_states(self) -> dict:
+        """Of this trainer's generator and of torch's own."""
+        cuda = torch.cuda.get_rng_state_all() if self.policy.device.type == "cuda" else []
+        return {"generator": self.generator.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
 
     def state(self) -> dict:
-        """What a resumed run needs beside the model."""
-        return {"step": self.steps, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        """Everything that decides the next step. The order of the data needs no more than the number of steps."""
+        return {"step": self.steps, "weights": {name: weight.detach() for name, weight in self.trained().items()},
+                "optimizer": self.optimizer.state_dict(), "random": self.randomness}
+
+    def restore(self, state: dict) -> None:
+        """Becomes the trainer that wrote `state`; called on a new one, whose reference is the model of step 0."""
+        weights = self.trained()
+        if weights.keys() != state["weights"].keys():
+            raise RunError("the checkpoint holds other weights than are trained here; give the --model of the run's start")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["random"]["generator"])
+        torch.set_rng_state(state["random"]["torch"])
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        self.steps, self.randomness = state["step"], state["random"]
+        for _ in islice(self.order, self.steps * self.config.samples_per_step):
+            pass                # the data goes on where it stopped
 
 
-def train(trainer: Trainer, run: Run, held_out: list) -> None:
-    """Steps, records, checkpoints. Whatever ends it early (Ctrl-C, a bad image), what was learned is saved."""
-    config, saved = trainer.config, 0
-    bar = tqdm(range(1, config.steps + 1), desc="training", unit="step")
+def train(trainer: Trainer, run: Run, held_out: list, signals: resume.Signals) -> None:
+    """Steps, records, evaluations, checkpoints. Whatever ends it early (Ctrl-C, a bad image), what was learned is
+    saved."""
+    config = trainer.config
+    bar = tqdm(initial=trainer.steps, total=config.steps, desc="training", unit="step")
     try:
-        for step in bar:
-            run.record_step(step, trainer.step())
-            tqdm.write(run.step_line())
-            if step == 1 and (why := zero_loss_note(config, run.metrics[-1])):
+        while True:
+            evaluate_midway(trainer, run, held_out, signals)
+            if trainer.steps >= config.steps:
+                break
+            attempted = trainer.sample()        # a stop in here costs this step alone, for nothing was changed yet;
+            with signals.hold():                # in here it waits: no update, record or checkpoint is cut in half
+                run.record_step(trainer.steps + 1, trainer.learn(attempted))
+                if run.checkpoint_due(trainer.steps, config.save_every):
+                    run.save_checkpoint(trainer)
+            tqdm.write("\n".join([run.step_line(), *run.news()]))
+            if trainer.steps == 1 and (why := zero_loss_note(config, run.metrics[-1])):
                 tqdm.write(why)
-            if config.eval_every and step % config.eval_every == 0:
-                summary, *_ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
-                run.record_evaluation(step, summary)
-            if step % config.save_every == 0:
-                run.save_checkpoint(trainer)
-                saved = step
+            run.watch()
+            bar.update()
     except KeyboardInterrupt:
         tqdm.write(f"interrupted after {run.steps} complete steps; saving what was learned")
         run.interrupted = True
     finally:
-        if run.steps > saved:
-            run.save_checkpoint(trainer)
+        bar.close()
+        run.torn = not trainer.whole
+        if trainer.whole and run.steps == trainer.steps > run.saved:
+            with signals.hold():
+                run.save_checkpoint(trainer)
+
+
+def evaluate_midway(trainer: Trainer, run: Run, held_out: list, signals: resume.Signals) -> None:
+    """With --eval-every, where it is time and was not done before the run was stopped; keeps best/."""
+    step, every = trainer.steps, trainer.config.eval_every
+    if step == 0 or not every or step % every or str(step) in run.summary:
+        return
+    summary, *_ = evaluate_both(trainer.policy, held_out, trainer.tools, trainer.config, run.clock, f"step {step}")
+    with signals.hold():
+        run.record_evaluation(step, summary)
+        run.keep_best(trainer.policy)
 
 
 # --- files, without a model ---------------------------------------------------------------------------------
@@ -531,6 +645,8 @@ def compare_files(config: Config) -> int:
 def main(arguments: list[str]) -> int:
     try:
         config = parse_options(arguments)
+        if config.resume:
+            config = resumed(given_options(arguments))
         check(config)
         if config.check_data:
             return check_files(config)
@@ -543,9 +659,11 @@ def main(arguments: list[str]) -> int:
             print(show_episode(*config.show_episode))
             return 0
         return compare_files(config) if config.compare else start(config)
-    except (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError, ReportError) as error:
+    except (UsageError, RunError, PolicyError, SandboxError, SearchRefused, mat.DataError, ReportError) as error:
         print(f"arft.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:       # before the run began, or a second one
+        return 130
 
 
 def training_samples(config: Config) -> list[mat.Sample]:
@@ -582,30 +700,79 @@ def start(config: Config) -> int:
     similarity, similarity_name = choose_similarity(config)
     policy = load(config.model, config.device, torch.float32 if config.device == "cpu" else torch.bfloat16)
     policy.system_prompt = choose_prompt(config, policy)
-    run = Run(config)
-    print(f"run:    {config.out}: {len(held_out)} held-out samples" + ("" if config.eval_only else (
-        f", {len(training)} for training, {config.steps} steps of {config.samples_per_step} x {config.group_size} episodes")))
-    with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
-                 strict=config.sandbox == "strict") as sandbox:
-        tools = Tools(sandbox, search, config.passages) if config.tools == "on" else Tools()
-        print(f"tools:  {sandbox.describe()}" if tools.sandbox else "tools:  off; programs return the image as it is, searches find nothing")
-        if search:
-            print(f"search: {search.name}, {config.passages} passages; queries are compared with gold ones by: {similarity_name}")
-        try:
-            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
-            if not config.eval_only:
-                train(Trainer(policy, training, tools, config, similarity), run, held_out)
-                if not run.interrupted:
-                    run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"))
-        except KeyboardInterrupt:
-            run.interrupted = True
-        finally:        # a bad image in the middle must not cost what was learned before it
-            if isinstance(search, Replay):
-                run.searches = {"hits": search.hits, "misses": search.misses}
-            run.finish(policy, config)
+    origin = resume.fingerprint(policy.model, policy.system_prompt, [*held_out, *training])
+    origin["similarity"] = similarity_name
+    Path(config.out).mkdir(parents=True, exist_ok=bool(config.resume))
+    with resume.locked(Path(config.out)), resume.Signals() as signals:
+        state = checkpoint_of(config, origin) if config.resume else None
+        run = Run(config, origin, state)
+        plan = "" if config.eval_only else (f", {len(training)} for training, {config.steps} steps of "
+                                            f"{config.samples_per_step} x {config.group_size} episodes")
+        print(f"run:    {config.out}: {len(held_out)} held-out samples{plan}")
+        with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
+                     strict=config.sandbox == "strict") as sandbox:
+            tools = Tools(sandbox, search, config.passages) if config.tools == "on" else Tools()
+            off = "off; programs return the image as it is, searches find nothing"
+            print(f"tools:  {sandbox.describe() if tools.sandbox else off}")
+            if search:
+                print(f"search: {search.name}, {config.passages} passages; queries are compared with gold ones by: "
+                      f"{similarity_name}")
+            try:
+                carry_out(run, config, policy, training, held_out, tools, similarity, state, signals)
+            except OSError as error:
+                raise RunError(f"{config.out} could not be written ({error}); the last checkpoint is of step {run.saved}. "
+                               "Make room on the disk or bring the folder back, then: "
+                               f"python arft.py --resume {config.out}") from error
     print(table(run.summary))
-    print(f"{run.steps} steps, {time.perf_counter() - run.started:.0f} s; everything is in {config.out}")
+    print("\n".join(run.last_words()))
     return 130 if run.interrupted else 0
+
+
+def checkpoint_of(config: Config, origin: dict) -> dict | None:
+    """The checkpoint that --resume goes on from, None for the run's beginning. Refuses another model, other words, other
+    data than at its start; says what else is not as it was."""
+    folder = Path(config.resume)
+    kept = json.loads((folder / "config.json").read_text())
+    for name, value in origin.items():
+        if kept.get("fingerprint") and kept["fingerprint"].get(name) != value:
+            where = getattr(config, name) or config.model
+            raise RunError(f"--resume {folder}: {where} is not the {name.replace('_', ' ')} that the run began with. Bring "
+                           f"that back, or name where it is now: --{name.replace('_', '-')} PATH")
+    state, wrong = resume.newest(folder)
+    for line in wrong:
+        print(f"note:   {line}; going on from the one before it")
+    where = f"after step {state['step']} of {config.steps}" if state else "from its beginning; nothing was complete"
+    print(f"resume: {folder}, {where}")
+    then = kept["versions"]["torch"]
+    if then != torch.__version__:
+        print(f"note:   torch {torch.__version__} now, {then} then: the numbers may differ in the last digits")
+    return state
+
+
+def carry_out(run: Run, config: Config, policy: Policy, training: list, held_out: list, tools: Tools, similarity,
+              state: dict | None, signals: resume.Signals) -> None:
+    """Evaluation, training, evaluation: what of these is still to be done."""
+    try:
+        if "before" not in run.summary:
+            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
+        if not config.eval_only:
+            trainer = Trainer(policy, training, tools, config, similarity)
+            if state:
+                trainer.restore(state)
+            else:
+                run.save_checkpoint(trainer)
+            train(trainer, run, held_out, signals)
+            if not run.interrupted:
+                run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"))
+                if config.eval_every:
+                    run.keep_best(policy)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    finally:            # a bad image in the middle must not cost what was learned before it
+        if isinstance(tools.search, Replay):
+            run.searches = {"hits": tools.search.hits, "misses": tools.search.misses}
+        with signals.hold():
+            run.finish(policy, config)
 
 
 if __name__ == "__main__":

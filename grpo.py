@@ -28,6 +28,7 @@ Dimensions: B episodes, G of them to a group, T tokens, V vocabulary.
 """
 
 import copy
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -191,7 +192,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """Trains on one step's episodes: inner epochs over minibatches, one optimiser step for each.
 
     `config` has inner_epochs, minibatches, micro_batch, temperature, loss_type, clip_low, clip_high, beta,
-    max_sampled and max_grad_norm. A minibatch whose gradient is not finite is skipped and counted.
+    max_sampled and max_grad_norm. A minibatch whose loss or gradient is not finite is skipped and counted.
     Returns STATISTICS, means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
     before the first optimiser step.
     """
@@ -209,7 +210,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
             if count + skipped == 0:
                 logp_error = error
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-            if not torch.isfinite(norm):
+            if not (torch.isfinite(norm) and math.isfinite(part["loss"])):
                 skipped += 1
                 continue
             optimizer.step()

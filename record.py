@@ -2,9 +2,11 @@
 
 What it teaches: what should be left when a run is over, so that a person can see what happened
 without having watched: every option, one line of numbers per step, every episode as it was
-written and answered, predictions in the published schema, scores with intervals, a checkpoint.
+written and answered, predictions in the published schema, scores with intervals, a checkpoint. And what
+should be said while it runs: `warnings_of` is told the numbers of all steps and names what goes wrong.
 
-Read next: arft.py, which decides when each of these is written. Left out: accounts, servers.
+Read next: arft.py, which decides when each of these is written; resume.py, which keeps it readable after
+a kill. Left out: accounts, servers.
 """
 
 import csv
@@ -12,10 +14,10 @@ import dataclasses
 import hashlib
 import json
 import platform
-import shutil
 import subprocess
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 import transformers
 
 import report
+import resume
 from policy import Policy
 from rollout import Clock, Episode
 from tools import SearchError
@@ -50,16 +53,16 @@ def step_metrics(step: int, done: dict, group_size: int) -> dict:
     found = [t.found for t in turns if t.found is not None]
     sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
 
-    def mean(name: str) -> float:       # a single step has an answer, or a problem, or neither
+    def average(name: str) -> float:    # a single step has an answer, or a problem, or neither
         known = [value for r in rewards if (value := getattr(r, name)) is not None]
         return float(np.mean(known)) if known else 0.0
 
     return rounded({
         "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
-        "answer": mean("answer"), "format": mean("format"), "problem": mean("problem"), "em": mean("em"),
-        **({"query": mean("query")} if any(r.query is not None for r in rewards) else {}),
-        **({"accuracy": mean("accuracy")} if rewards[0].accuracy is not None else {}),
-        "group_std": groups.std(dim=1).mean().item(),
+        "answer": average("answer"), "format": average("format"), "problem": average("problem"), "em": average("em"),
+        **({"query": average("query")} if any(r.query is not None for r in rewards) else {}),
+        **({"accuracy": average("accuracy")} if rewards[0].accuracy is not None else {}),
+        "groups": len(groups), "group_std": groups.std(dim=1).mean().item(),
         "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
         **done["stats"],
         "tool_calls": len(runs) + len(found), "searches": len(found),
@@ -144,29 +147,119 @@ def token_record(policy: Policy, episode: Episode, logp: torch.Tensor) -> dict:
         record["logp_old"].append(round(episode.logp[t], 5) if sampled else 0)
         record["logp"].append(round(logp[t].item(), 5) if sampled else 0)
     return record
+# --- what goes wrong -----------------------------------------------------------------------------------------
+
+WINDOW = 3                  # steps: one odd step is noise; three in a row are not
+KL_HIGH = 0.5               # nats for each id: five times what the README's good runs reach, half of its bad run's
+ENTROPY_LEFT = 0.1          # share of the first steps' entropy. Good runs halve it; below a tenth nothing new is tried
+TOOLS_LEFT = 0.05           # share of the most calls that there were
+LOGP_ERROR_FLOAT32 = 1e-2   # a hundred times what law 2 allows
+LOGP_ERROR_BFLOAT16 = 0.5   # a logit of 16 to 32 is rounded by up to 0.06; both passes do so, in many layers
+
+
+def warnings_of(metrics: list[dict], logp_limit: float = LOGP_ERROR_FLOAT32) -> list[dict]:
+    """What goes wrong in the last of these steps (lines of metrics.jsonl): [{"name", "message", "option"}].
+
+    A reward that is not a finite number is not among them: it stops the run with the sample's name (arft.score).
+
+    >>> flat = {"zero_variance": 1.0, "kl": None, "entropy": None, "tool_calls": 5}
+    >>> [[w["name"] for w in warnings_of([flat] * n)] for n in (1, 2, 3)]
+    [[], [], ['flat']]
+    """
+    now, found = metrics[-1], []
+
+    def warn(name: str, option: str, message: str) -> None:
+        found.append({"name": name, "message": message, "option": option})
+
+    def series(key: str) -> list[float]:
+        return [m[key] for m in metrics if m.get(key) is not None]      # None: a step without an update
+
+    if now.get("skipped_updates"):
+        warn("grad", "--lr", f"{now['skipped_updates']} updates were left out: loss or gradient is not a finite number. "
+             "Lower --lr")
+    if len(metrics) >= WINDOW and all(m["zero_variance"] == 1 for m in metrics[-WINDOW:]):
+        warn("flat", "--samples-per-step", f"all groups are of equal rewards, for {WINDOW} steps: nothing is learned. "
+             "Raise --samples-per-step, --group-size or --temperature")
+    kl = series("kl")
+    if now.get("kl") is not None and len(kl) >= WINDOW and min(kl[-WINDOW:]) > KL_HIGH:
+        warn("KL", "--beta", f"the policy runs away from where it began (KL over {KL_HIGH} for {WINDOW} steps). Lower "
+             "--lr or raise --beta")
+    entropy = series("entropy")
+    fallen = len(entropy) > WINDOW and mean(entropy[-WINDOW:]) < ENTROPY_LEFT * mean(entropy[:WINDOW])
+    if fallen and now["entropy"] is not None:
+        warn("entropy", "--clip-high", f"under {ENTROPY_LEFT:.0%} of the first steps' entropy: all episodes become "
+             "alike. Raise --clip-high or --beta, or lower --lr")
+    calls = series("tool_calls")
+    most = max((mean(calls[i:i + WINDOW]) for i in range(len(calls) - WINDOW)), default=0)
+    if mean(calls[-WINDOW:]) < TOOLS_LEFT * most:
+        warn("tools", "--beta", f"under {TOOLS_LEFT:.0%} of the tool calls that there were: the tool is no longer used. "
+             "Raise --beta, lower --lr")
+    if (now.get("logp_error") or 0) > logp_limit:
+        warn("logp", "--device", "what is scored is not what was sampled (log-probs differ by "
+             f"{now['logp_error']:.2g}). If --device cpu does it, too, it is a bug, not a setting: run the tests")
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+CHECKPOINT_SHARE = 0.05     # of the time may go into checkpoints, where --save-every does not say how often
+REPORT_SHARE = 0.05         # and into the page of a run that is going on
+
+# --- the run ---------------------------------------------------------------------------------------------------
 
 
 class Run:
     """The folder of one run, and what is written there."""
 
-    def __init__(self, config):
+    def __init__(self, config, fingerprint: dict | None = None, state: dict | None = None):
+        """A new folder; or, with --resume, the one that is there, taken back to the checkpoint's `state` (None: to its
+        beginning). fingerprint: `resume.fingerprint` of what the run starts from."""
         self.folder, self.clock, self.started = Path(config.out), Clock(), time.perf_counter()
-        self.metrics, self.curve, self.summary = [], [], {}
+        self.metrics, self.curve, self.summary, self.best = [], [], {}, None
         self.inputs = {}        # image path of a sample: its copy in images/
         self.interrupted, self.group_size = False, config.group_size
         self.searches = None        # of a Replay: how many were in the record
-        (self.folder / "images").mkdir(parents=True)
+        self.logp_limit = LOGP_ERROR_FLOAT32 if config.device in (None, "cpu") else LOGP_ERROR_BFLOAT16
+        self.saved, self.saved_at, self.saving = state["step"] if state else 0, time.perf_counter(), 0.0
+        self.watched_at, self.watching = time.perf_counter(), 0.0      # when report.html was made, and how long it took
+        self.torn = False       # whether the weights in memory are of no step: an update was cut
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "transformers": transformers.__version__, "numpy": np.__version__}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-        self.write_json("config.json", dataclasses.asdict(config) | {"versions": versions, "commit": commit or None})
+        (self.folder / "images").mkdir(parents=True, exist_ok=bool(config.resume))
+        if config.resume:
+            self.restore(state)
+        start = {"versions": versions, "commit": commit or None, "fingerprint": fingerprint}
+        if config.resume:
+            kept = json.loads((self.folder / "config.json").read_text())
+            again = {"step": self.steps, "versions": versions, "commit": commit or None}
+            start = {name: kept.get(name) for name in start} | {"resumed": [*kept.get("resumed", ()), again]}
+        self.write_json("config.json", dataclasses.asdict(config) | start)
 
     @property
     def steps(self) -> int:
         return len(self.metrics)
 
+    def state(self) -> dict:
+        """What a checkpoint keeps of the run: counters, and how long the files are that only grow."""
+        return {"seconds": time.perf_counter() - self.started, "seconds_by_phase": dict(self.clock.seconds),
+                "summary": self.summary, "curve": self.curve, "best": self.best, "lengths": resume.lengths(self.folder)}
+
+    def restore(self, state: dict | None) -> None:
+        """Takes the folder and the counters back to a checkpoint."""
+        resume.settle(self.folder)
+        kept = state["run"] if state else {}
+        resume.cut_back(self.folder, state["step"] if state else 0, kept.get("lengths", {}))
+        if state:
+            self.metrics = resume.read_lines(self.folder / "metrics.jsonl")
+            self.summary, self.curve, self.best = kept["summary"], kept["curve"], kept["best"]
+            self.clock.seconds.update(kept["seconds_by_phase"])
+            self.started -= kept["seconds"]
+
     def write_json(self, name: str, value) -> None:
-        (self.folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False))
+        resume.write_text(self.folder / name, json.dumps(value, indent=1, ensure_ascii=False))
 
     def append(self, name: str, *objects: dict) -> None:
         # a lone surrogate from a data file has no UTF-8; as \\ud800 it is the same JSON
@@ -174,11 +267,11 @@ class Run:
             file.writelines(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
 
     def record_step(self, step: int, done: dict) -> None:
-        self.metrics.append(step_metrics(step, done, self.group_size))
-        for phase, seconds in done["clock"].seconds.items():
-            self.clock.seconds[phase] += seconds
-        self.append("metrics.jsonl", self.metrics[-1])
-        self.append_row("metrics.csv", flat(self.metrics[-1]))
+        metrics = step_metrics(step, done, self.group_size)
+        found = warnings_of([*self.metrics, metrics], self.logp_limit)
+        metrics |= {"warnings": found} if found else {}
+        self.append("metrics.jsonl", metrics)
+        self.append_row("metrics.csv", flat(metrics | {"warnings": [w["name"] for w in found]}))
         records = [self.episode_record(f"step-{step}", i, episode, reward, float(advantage), i < self.group_size)
                    for i, (episode, reward, advantage)
                    in enumerate(zip(done["episodes"], done["rewards"], done["advantages"]))]
@@ -186,6 +279,9 @@ class Run:
         self.append("tokens.jsonl", *({"when": f"step-{step}", "index": i, "sample": done["episodes"][i].sample.id,
                                        "advantage": rounded(float(done["advantages"][i])), **tokens}
                                       for i, tokens in enumerate(done.get("tokens", ()))))
+        for phase, seconds in done["clock"].seconds.items():
+            self.clock.seconds[phase] += seconds
+        self.metrics.append(metrics)        # last: `steps` counts those that are recorded in full
 
     def append_row(self, name: str, row: dict) -> None:
         """One line of a CSV file; its first line, the names of the columns, is that of the first row ever written."""
@@ -245,31 +341,82 @@ class Run:
                                         for i, (e, r) in enumerate(zip(episodes, rewards))))
 
     def step_line(self) -> str:
-        """The last step in at most 100 columns."""
+        """The last step in at most 100 columns; behind "!" what goes wrong. What does not fit is left out."""
         m = self.metrics[-1]
         part = "query" if "query" in m else "problem"
-        return (f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}  {part} {m[part]:.2f}  "
-                f"KL {m['kl'] or 0:.3f}  entropy {m['entropy'] or 0:.2f}  "
-                f"tools {m['tool_calls']}, {m['tool_failures']} failed  {m['seconds']:.1f} s")
+        flat, found = round(m["zero_variance"] * m["groups"]), [w["name"] for w in m.get("warnings", ())]
+        parts = [f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}",
+                 f"  {part} {m[part]:.2f}", f"  KL {m['kl'] or 0:.3f}", f"  entropy {m['entropy'] or 0:.2f}",
+                 f"  tools {m['tool_calls']}", f", {m['tool_failures']} failed", f"  {m['seconds']:.1f} s", f"  {flat} flat" * (flat > 0),
+                 f"  ! {' '.join(found)}" * bool(found)]
+        for dropped in (5, 1, 7, 3):
+            if len("".join(parts)) > 100:
+                parts[dropped] = ""
+        return "".join(parts)
+
+    def news(self) -> list[str]:
+        """In full, the last step's warnings that the step before it did not have."""
+        before = {w["name"] for m in self.metrics[-2:-1] for w in m.get("warnings", ())}
+        now = self.metrics[-1].get("warnings", ())
+        return [f"! {w['name']}: {w['message']}" for w in now if w["name"] not in before]
+
+    def warned(self) -> dict[str, int]:
+        """How many steps had each warning."""
+        return dict(Counter(w["name"] for m in self.metrics for w in m.get("warnings", ())))
+
+    def checkpoint_due(self, step: int, every: int) -> bool:
+        """Whether it is time: every so many steps, or (0) as often as CHECKPOINT_SHARE of the time allows."""
+        if every:
+            return step % every == 0
+        return CHECKPOINT_SHARE * (time.perf_counter() - self.saved_at) >= self.saving
 
     def save_checkpoint(self, trainer) -> None:
-        """checkpoint/: model and training state after the last complete step; the new one is complete before the old one goes."""
-        new, old = self.folder / "checkpoint.new", self.folder / "checkpoint"
-        trainer.policy.save(new)
-        torch.save(trainer.state(), new / "training_state.pt")
-        if old.exists():
-            shutil.rmtree(old)
-        new.rename(old)
-        report.write(self.folder)       # a run that is going on can be watched
+        """checkpoint/: all that the next step depends on."""
+        start = time.perf_counter()
+        with self.clock.phase("checkpoint"):
+            resume.save(self.folder, trainer.state() | {"run": self.state()})
+        self.saved, self.saved_at = trainer.steps, time.perf_counter()
+        self.saving = self.saved_at - start
 
-    def finish(self, policy: Policy, config) -> None:
-        """model/, summary.json and report.html."""
-        if self.steps:
-            policy.save(self.folder / "model")
+    def watch(self) -> None:
+        """Remakes report.html, so that a run that is going on can be watched; as often as REPORT_SHARE of the time allows."""
+        start = time.perf_counter()
+        if REPORT_SHARE * (start - self.watched_at) >= self.watching:
+            report.write(self.folder)
+            self.watched_at = time.perf_counter()
+            self.watching = self.watched_at - start
+
+    def keep_best(self, policy: Policy) -> None:
+        """best/: a model folder of the highest greedy exact match in the run's evaluations; of equals, the first."""
+        point = self.curve[-1]
+        if self.best is None or point["greedy"] > self.best["em"]:
+            self.best = {"step": point["step"], "em": point["greedy"]}
+
+            def write(folder):
+                policy.save(folder)
+                resume.write_text(folder / "best.json", json.dumps(self.best))
+            resume.write_folder(self.folder / "best", write)
+
+    def finish(self, policy: Policy | None, config) -> None:
+        """model/ (not without a policy), summary.json and report.html."""
+        if self.steps and policy and not self.torn:
+            resume.write_folder(self.folder / "model", policy.save)
         seconds = rounded(dict(self.clock.seconds))
         summary = {name: self.summary[name] for name in ("before", "after") if name in self.summary}
-        self.write_json("summary.json", summary | {
-            "steps": self.steps, "interrupted": self.interrupted,
+        self.write_json("summary.json", summary | {         # last: a run with "after" in it is finished
+            "steps": self.steps, "interrupted": self.interrupted, "warnings": self.warned(),
             "seconds": round(time.perf_counter() - self.started, 1), "seconds_by_phase": seconds, "curve": self.curve,
             **({"searches": self.searches} if self.searches else {})})
         report.write(self.folder)
+
+    def last_words(self) -> list[str]:
+        """What a person is told at the end."""
+        clock, took = f"{time.perf_counter() - self.started:.0f} s", self.clock.seconds.get("checkpoint", 0.0)
+        lines = [f"{self.steps} steps, {clock} ({took:.1f} s of it for checkpoints); everything is in {self.folder}"]
+        if warned := self.warned():
+            lines.insert(0, "warnings: " + ", ".join(f"{name} in {n} steps" for name, n in warned.items()))
+        if self.torn:
+            lines.append("the last update was cut short, so there is no model/ of it")
+        if self.interrupted:
+            lines.append(f"to go on from step {self.saved}: python arft.py --resume {self.folder}")
+        return lines

@@ -85,15 +85,20 @@ def exact_match(prediction: str, gold: str, chinese: bool = True) -> float:
     return float(normalize(prediction, chinese) == normalize(gold, chinese))
 
 
+def rule_for(gold: str, chinese: bool):
+    """How a gold and what is compared with it are normalized: the first rule that leaves something of the gold."""
+    rules = (lambda text: normalize(text, chinese),                                     # the usual one,
+             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),    # with articles,
+             lambda text: " ".join(text.lower().split()))                               # with punctuation
+    return next(rule for rule in rules if rule(gold))
+
+
 def repaired_scores(prediction: str, gold: str, chinese: bool) -> tuple[float, float]:
     """(f1, em) of one gold as the module's docstring describes for "repaired"."""
     gold = LITERAL_NEWLINE.sub("\n", gold)
     if not gold.strip():
         return 0.0, 0.0
-    rules = (lambda text: normalize(text, chinese),                                     # the usual one,
-             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),    # with articles,
-             lambda text: " ".join(text.lower().split()))                               # with punctuation
-    rule = next(rule for rule in rules if rule(gold))   # the first that leaves something of the gold
+    rule = rule_for(gold, chinese)
     p, g = tokens(rule(prediction), rule(gold), chinese)
     p, g = [t for t in p if not t.isspace()], [t for t in g if not t.isspace()]
     return harmonic((Counter(p) & Counter(g)).total(), len(p), len(g)), float(p == g)
@@ -151,6 +156,33 @@ def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotati
         return 1.0
     rotation = set(gold) & {"rotation90", "rotation180"}
     return 0.5 if rotation_credit and len(gold) == 2 and set(stated) == rotation else 0.0
+
+
+LIST = 0.25     # an answer of which no more than this share are the gold's words is a list, not an answer
+
+
+def answer_reward(answer: str | None, golds, scorer: str = "official", chinese: bool = True) -> tuple[float, float]:
+    """(f1, em) of an answer that a policy is paid for: `score_answer` without what invites it to guess.
+
+    F1 pays for lists: who names k candidates of one word gets 2 / (k + 1), who names one at random 1 / k on average. So
+    an answer is worth nothing when only a quarter of its words, or less, are the gold's; this ends lists from four
+    candidates on (two and three still pay; --answer-metric em ends these, too). And a gold that the official rules
+    normalize to nothing ("A", "?") is compared by the repaired ones: else any article or sign would be right.
+
+    >>> [round(answer_reward(said, ["45"])[0], 2) for said in ("45", "The number is 45", "44 45 46 47", "the")]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    best_f1, best_em = 0.0, 0.0
+    for gold in golds if answer is not None else ():
+        if not gold.strip():
+            continue            # MAT-Search, id 101: nothing is right
+        gold = LITERAL_NEWLINE.sub("\n", gold) if scorer == "repaired" else gold
+        rule = rule_for(gold, chinese)
+        p, g = tokens(rule(answer), rule(gold), chinese)
+        if p == g or len(set(p) & set(g)) > LIST * len(p):
+            value, em = score_answer(answer, gold, scorer if normalize(gold, chinese) else "repaired", chinese)
+            best_f1, best_em = max(best_f1, value), max(best_em, em)
+    return best_f1, best_em
 
 
 SIMILARITY_THRESHOLD = 0.5      # a query less similar than this to the gold one is worth nothing
@@ -214,15 +246,15 @@ def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float 
     reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
     labels at once, or the gold among many words are worth less than, or as much as, saying the right thing once. What
     stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing, and an episode
-    that never answers has no answer reward. Where the sample has gold queries, the searches' similarity to them takes the
-    problem's place (`query_reward`). (One hole is the official scorer's: to the gold "A" an answer of only
-    articles or signs is right. scorer="repaired" closes it.) With weights of 1 the total is in [0, 3].
+    that never answers has no answer reward; a list of candidates is no answer (`answer_reward`). Where the sample has
+    gold queries, the searches' similarity to them takes the problem's place (`query_reward`). With weights of 1 the
+    total is in [0, 3]. tests/test_battery.py plays what a policy might try instead.
     """
     if answer_metric not in ("f1", "em"):
         raise ValueError(f"unknown answer_metric '{answer_metric}'; it is f1 or em")
     turns = [turn for turn in episode.turns if turn.finished]
     stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)
-    best_f1, em = score_answer(episode.answer, episode.sample.golds, scorer)
+    best_f1, em = answer_reward(episode.answer, episode.sample.golds, scorer)
     strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))         # Eq. (3)
     accuracy = em if answer_metric == "em" else best_f1                                     # Eq. (4)
     problem = problem_reward(stated, episode.sample.problems, rotation_credit) if episode.sample.problems else None

@@ -13,6 +13,7 @@ import torch
 
 import arft
 import record
+import resume
 from arft import Config, UsageError, main, parse_options
 from conftest import ROOT
 from data.mat import DataError
@@ -101,8 +102,8 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
                     "--flat-groups", "keep")
     assert code == 0
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "metrics.csv", "episodes.jsonl", "tokens.jsonl", "evaluations.jsonl", "predictions-before.json", "predictions-after.json",
-        "summary.json", "report.html", "checkpoint", "model", "images"}
+        "config.json", "metrics.jsonl", "metrics.csv", "episodes.jsonl", "tokens.jsonl", "evaluations.jsonl",
+        "predictions-before.json", "predictions-after.json", "summary.json", "report.html", "checkpoint", "model", "best", "images"}
     metrics = lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
     assert set(metrics[0]) >= {
@@ -155,7 +156,7 @@ def test_a_bad_image_in_the_middle_costs_nothing_that_was_learned(tmp_path, monk
     code, out = run(tmp_path, *SHORT, "--steps", "9")
     assert code == 2 and "17.png" in capsys.readouterr().err
     assert json.loads((out / "summary.json").read_text())["steps"] == 2
-    assert load(str(out / "model")) and (out / "checkpoint" / "training_state.pt").exists()
+    assert load(str(out / "model")) and (out / "checkpoint" / "step-000002.pt").exists()
 
 
 def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_path, monkeypatch, capsys):
@@ -202,7 +203,7 @@ def test_ctrl_c_saves_what_was_learned(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["interrupted"] and summary["steps"] == len(lines(out / "metrics.jsonl")) >= 1
     load(str(out / "model"))
-    assert torch.load(out / "checkpoint" / "training_state.pt", weights_only=True)["step"] == summary["steps"]
+    assert resume.newest(out)[0]["step"] == summary["steps"]
 
 
 @pytest.mark.skipif(not MAT_SAMPLE.exists(), reason="the MAT sample is not beside this checkout")

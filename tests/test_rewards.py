@@ -248,9 +248,11 @@ def test_what_stands_in_a_turn_that_was_cut_off_is_worth_nothing():
 
 def test_many_words_around_the_gold_and_many_turns_earn_less_or_nothing():
     padded = Turn(Action("answer", "4821 77 " + "word " * 96))
-    assert reward(RIGHT, padded).answer < 0.05
+    assert reward(RIGHT, padded).answer == 0.0
     repeated = Turn(Action("answer", "4821 77 " * 50))
-    assert reward(RIGHT, repeated).answer == pytest.approx(2 * 2 / 102)
+    assert reward(RIGHT, repeated).answer == 0.0
+    thrice = Turn(Action("answer", "4821 77 " * 3))
+    assert reward(RIGHT, thrice).answer == pytest.approx(2 * 2 / 8)
     assert reward(RIGHT, *[CODE] * 9, ANSWER).total == reward(RIGHT, CODE, ANSWER).total
 
 

@@ -1,0 +1,397 @@
+"""resume.py and --resume: whatever stops a run, the resumed one is the run that never stopped, bit for bit."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import arft
+import grpo
+import record
+import resume
+from arft import Config, main
+from conftest import ROOT
+from resume import RunError
+
+SHORT = ["--steps", "3", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32", "--eval-samples", "1",
+         "--max-turns", "1", "--eval-every", "2", "--inner-epochs", "1"]
+
+
+class Killed(BaseException):
+    """What a test raises where kill -9 would strike."""
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*SHORT, "--out", str(out)]) == 0
+    start, end = (load_file(folder / "model.safetensors") for folder in (ROOT / "data" / "tiny", out / "model"))
+    assert any(not torch.equal(start[name], end[name]) for name in start), "a run that learns nothing shows nothing"
+    return out
+
+
+def unfinished(never_stopped: Path, tmp_path: Path) -> Path:
+    """A copy that was killed in the evaluation after training."""
+    out = tmp_path / "run"
+    shutil.copytree(never_stopped, out)
+    (out / "summary.json").unlink()
+    return out
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items()
+                if k not in ("seconds", "seconds_by_phase", "tokens_per_second")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def assert_same_run(a: Path, b: Path):
+    """Everything that two run folders say, but for seconds and the folder's own name."""
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        assert without_times(resume.read_lines(a / name)) == without_times(resume.read_lines(b / name)), name
+        assert (a / name).read_bytes().endswith(b"\n")
+    for name in ("summary.json", "predictions-before.json", "predictions-after.json", "best/best.json"):
+        assert without_times(json.loads((a / name).read_text())) == without_times(json.loads((b / name).read_text())), name
+    for name in ("model", "best"):
+        first, second = (load_file(folder / name / "model.safetensors") for folder in (a, b))
+        assert all(torch.equal(first[key], second[key]) for key in first | second), name
+    names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (a, b)]
+    assert names[0] == names[1]
+
+
+def stop_at_call(monkeypatch, module, name: str, number: int, stop):
+    """Replaces module.name: its call of that number (from 1) runs `stop` before it does its work."""
+    true, calls = getattr(module, name), []
+
+    def counted(*arguments, **more):
+        calls.append(1)
+        if len(calls) == number:
+            stop()
+        return true(*arguments, **more)
+    monkeypatch.setattr(module, name, counted)
+
+
+# --- killed -----------------------------------------------------------------------------------------------
+
+
+def test_kill_9_in_the_middle_of_a_step(never_stopped, tmp_path, capsys):
+    out, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    process = subprocess.Popen([sys.executable, str(ROOT / "arft.py"), *SHORT, "--out", str(out)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(scratch)})
+    while not (out / "checkpoint" / "step-000001.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)             # step 2 is being sampled
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(resume.read_lines(out / "metrics.jsonl")) < 3 and not (out / "summary.json").exists()
+    assert main(["--resume", str(out)]) == 0
+    assert "after step 1 of 3" in capsys.readouterr().out
+    assert_same_run(out, never_stopped)
+    assert not list(scratch.iterdir()), "the killed run's sandbox left its directories"
+
+
+@pytest.mark.parametrize("moment, number", [
+    ("evaluation", 1),          # nothing is complete
+    ("append", 3),              # in step 1: its metrics are written, its episodes not
+    ("replace", 4),             # the checkpoint of step 1 is written and not yet in its place
+    ("rename", 1),              # best/ is written and not yet in its place
+    ("rename", 2),              # so is model/, at the end
+])
+def test_killed_at_a_bad_moment(never_stopped, tmp_path, monkeypatch, moment, number):
+    out, dead = tmp_path / "run", []
+
+    def kill():
+        dead.append(1)
+        raise Killed
+
+    def mortal(true):
+        def call(*arguments, **more):       # a killed process does not do its `finally`
+            if dead:
+                raise Killed
+            return true(*arguments, **more)
+        return call
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (record.Run, "append"), (arft, "evaluate")):
+            patch.setattr(module, name, mortal(getattr(module, name)))
+        where = {"evaluation": (arft, "evaluate"), "append": (record.Run, "append"), "replace": (os, "replace"),
+                 "rename": (Path, "rename")}[moment]
+        stop_at_call(patch, *where, number, kill)
+        with pytest.raises(Killed):
+            main([*SHORT, "--out", str(out)])
+    assert main(["--resume", str(out)]) == 0
+    assert_same_run(out, never_stopped)
+
+
+def test_a_torn_last_line_and_a_damaged_checkpoint_cost_a_step_at_most(never_stopped, tmp_path, capsys):
+    out = unfinished(never_stopped, tmp_path)
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        with open(out / name, "a") as file:
+            file.write('{"step": 4, "rew')
+    assert len(resume.read_lines(out / "metrics.jsonl")) == 3
+    newest = out / "checkpoint" / "step-000003.pt"
+    damaged = bytearray(newest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1         # one bit
+    newest.write_bytes(damaged)
+    assert main(["--resume", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "step-000003.pt cannot be read" in said and "after step 2 of 3" in said
+    assert_same_run(out, never_stopped)
+
+
+# --- stopped ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, steps", [(2, 1), (1, 0)])
+def test_ctrl_c_while_episodes_are_sampled_costs_that_step_alone(never_stopped, tmp_path, monkeypatch, capsys, number, steps):
+    def interrupt():
+        raise KeyboardInterrupt
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at_call(patch, arft.Trainer, "sample", number, interrupt)
+        stop_at_call(patch, arft, "score", 3, lambda: None)
+        assert main([*SHORT, "--save-every", "2", "--out", str(out)]) == 130
+    assert f"to go on from step {steps}: python arft.py --resume {out}" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["interrupted"] and (out / "model").exists() == (steps > 0)
+    assert main(["--resume", str(out), "--save-every", "1"]) == 0
+    assert_same_run(out, never_stopped)
+
+
+def test_sigterm_within_an_update_waits_for_its_end(never_stopped, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at_call(patch, grpo, "update", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([*SHORT, "--out", str(out)]) == 130
+    steps = len(resume.read_lines(out / "metrics.jsonl"))
+    assert steps >= 1 and (out / "checkpoint" / f"step-{steps:06d}.pt").exists()
+    assert f"interrupted after {steps} complete steps" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert main(["--resume", str(out)]) == 0
+    assert_same_run(out, never_stopped)
+
+
+def test_an_update_that_was_cut_in_half_is_never_saved(never_stopped, tmp_path, monkeypatch, capsys):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at_call(patch, torch.nn.utils, "clip_grad_norm_", 2, twice)        # after the first of two optimiser steps
+        assert main([*SHORT, "--out", str(out)]) == 130
+    assert "there is no model/ of it" in capsys.readouterr().out and not (out / "model").exists()
+    assert main(["--resume", str(out)]) == 0
+    assert_same_run(out, never_stopped)
+
+
+# --- other options, other files -----------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and said.count("\n") <= 2
+    return said
+
+
+def test_a_finished_run_says_so_and_what_to_do(never_stopped, capsys):
+    said = refused(capsys, "--resume", never_stopped)
+    assert "finished (3 steps)" in said and f"--model {never_stopped / 'model'}" in said
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--lr", "1"], "--lr 1.0: the run that is resumed has 0.0002"), (["--seed", "3"], "--seed 3"),
+    (["--loss-type", "dapo"], "has grpo"), (["--task", "2wiki"], "--task 2wiki"), (["--out", "x"], "--out x"),
+    (["--steps", "9"], "falls to zero at step 3"), (["--check-data"], "--resume and --check-data"),
+    (["--eval-only"], "--eval-only True")])
+def test_options_that_would_make_another_run_are_refused_by_name(never_stopped, capsys, arguments, words):
+    before = sorted((str(f), f.stat().st_mtime_ns) for f in never_stopped.rglob("*"))
+    assert words in refused(capsys, "--resume", never_stopped, *arguments)
+    assert before == sorted((str(f), f.stat().st_mtime_ns) for f in never_stopped.rglob("*"))
+
+
+def test_options_of_the_machine_may_differ_and_equal_ones_may_be_repeated(never_stopped, tmp_path):
+    out = unfinished(never_stopped, tmp_path)
+    config = arft.resumed(arft.given_options(
+        ["--resume", str(out), "--steps", "3", "--threads", "2", "--eval-every", "1", "--save-every", "7", "--device", "cpu"]))
+    assert (config.steps, config.threads, config.eval_every, config.save_every) == (3, 2, 1, 7)
+    assert (config.samples_per_step, config.max_turns, config.out, config.lr) == (2, 1, str(out), 2e-4)
+
+
+def test_a_run_of_constant_rate_can_be_prolonged(tmp_path):
+    options = [*SHORT, "--lr-schedule", "constant"]
+    long, short = tmp_path / "long", tmp_path / "short"
+    assert main([*options, "--out", str(long)]) == 0
+    assert main([*options, "--steps", "2", "--out", str(short)]) == 0
+    assert main(["--resume", str(short), "--steps", "3"]) == 0
+    assert_same_run(short, long)
+
+
+def test_another_model_another_prompt_and_other_data_are_noticed(never_stopped, tmp_path, capsys):
+    out, model, data = unfinished(never_stopped, tmp_path), tmp_path / "model", tmp_path / "data"
+    shutil.copytree(ROOT / "data" / "tiny", model)
+    weights = load_file(model / "model.safetensors")
+    name = sorted(weights)[5]
+    weights[name].view(-1)[-1] += 1e-3
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    said = refused(capsys, "--resume", out, "--model", model)
+    assert f"{model} is not the model that the run began with" in said and "--model PATH" in said
+    kept = json.loads((out / "config.json").read_text())
+    shutil.copytree(kept["data"], data)
+    rows = data / "MAT-Training" / "rft_agent_code_1_2k.json"
+    rows.write_text(rows.read_text().replace("Read the number.", "Which number?", 1))
+    assert "--data PATH" in refused(capsys, "--resume", out, "--data", data)
+    words = tmp_path / "words.txt"
+    words.write_text("Read.")
+    assert "--system-prompt PATH" in refused(capsys, "--resume", out, "--system-prompt", words)
+    assert (out / "checkpoint" / "step-000003.pt").exists()
+
+
+def test_no_checkpoint_that_can_be_read(never_stopped, tmp_path, capsys):
+    out = unfinished(never_stopped, tmp_path)
+    for file in (out / "checkpoint").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    metrics = (out / "metrics.jsonl").read_bytes()
+    said = refused(capsys, "--resume", out)
+    assert "step-000003.pt" in said and "step-000002.pt" in said and "Nothing was changed" in said
+    shutil.rmtree(out / "checkpoint")
+    assert "steps but no checkpoint" in refused(capsys, "--resume", out)
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_folders_that_are_no_run(tmp_path, capsys):
+    assert "config.json cannot be read" in refused(capsys, "--resume", tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in refused(capsys, "--resume", tmp_path)
+
+
+def test_a_run_that_is_still_running_is_left_alone(never_stopped, tmp_path, capsys):
+    out = unfinished(never_stopped, tmp_path)
+    with resume.locked(out):
+        assert "is in use" in refused(capsys, "--resume", out)
+
+
+# --- the disk -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_stops_the_run_and_costs_no_step(never_stopped, tmp_path, monkeypatch, capsys):
+    true, out = torch.save, tmp_path / "run"
+
+    def full(state, file):
+        if state["step"] >= 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device", file.name)
+        return true(state, file)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        said = refused(capsys, *SHORT, "--out", out)
+    assert "No space left" in said and "checkpoint is of step 1" in said and f"--resume {out}" in said
+    assert sorted(f.name for f in (out / "checkpoint").iterdir()) == ["step-000000.pt", "step-000001.pt"]
+    assert main(["--resume", str(out)]) == 0
+    assert_same_run(out, never_stopped)
+
+
+def test_a_folder_that_is_removed_under_way(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    stop_at_call(monkeypatch, arft.Trainer, "learn", 2, lambda: shutil.rmtree(out))
+    said = refused(capsys, *SHORT, "--out", out)
+    assert str(out) in said and "bring the folder back" in said and not out.exists()
+
+
+def test_a_file_is_old_or_new_never_half(tmp_path):
+    file = tmp_path / "a.json"
+    resume.write_text(file, "old")
+
+    def half(handle):
+        handle.write(b"ne")
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(OSError):
+        resume.write_file(file, half)
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_old_or_new_never_half(tmp_path):
+    folder = tmp_path / "best"
+    resume.write_folder(folder, lambda new: (new / "a").write_text("1"))
+    resume.write_folder(folder, lambda new: (new / "b").write_text("2"))
+    assert [f.name for f in folder.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [folder]
+    folder.rename(tmp_path / "best.old")        # killed between the two renames
+    (tmp_path / "best.new").mkdir()
+    resume.settle(tmp_path)
+    assert [f.name for f in folder.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_files_that_grow_are_cut_to_a_checkpoint_and_later_ones_go(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    lengths = resume.lengths(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n{"n": 2}\n{"n"')
+    (tmp_path / "metrics.csv").write_text("n\n")
+    (tmp_path / "keep.txt").write_text("x")
+    assert resume.read_lines(tmp_path / "a.jsonl") == [{"n": 1}, {"n": 2}]
+    resume.cut_back(tmp_path, 1, lengths)
+    assert resume.read_lines(tmp_path / "a.jsonl") == [{"n": 1}]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.jsonl", "keep.txt"]
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(RunError, match="a.jsonl is shorter"):
+        resume.cut_back(tmp_path, 1, lengths)
+
+
+def test_how_often_a_checkpoint_is_due(tmp_path):
+    run = record.Run(Config(out=str(tmp_path / "run")))
+    assert [run.checkpoint_due(step, 3) for step in (1, 2, 3, 6)] == [False, False, True, True]
+    run.saving, run.saved_at = 2.0, time.perf_counter() - 30        # 2 of 30 seconds are more than 5%, 2 of 50 are not
+    assert not run.checkpoint_due(1, 0)
+    run.saved_at -= 20
+    assert run.checkpoint_due(1, 0)
+
+
+# --- best/ ----------------------------------------------------------------------------------------------------
+
+
+def test_best_is_the_highest_exact_match_and_of_equals_the_first(tmp_path):
+    class Named:
+        def save(self, folder):
+            (folder / "weights").write_text(self.name)
+    run, policy = record.Run(Config(out=str(tmp_path / "run"))), Named()
+    for step, em in ((2, 0.25), (4, 0.5), (6, 0.5), (8, 0.125)):
+        policy.name = f"step {step}"
+        run.curve.append({"step": step, "greedy": em, "sampled": 0.0})
+        run.keep_best(policy)
+    assert (tmp_path / "run" / "best" / "weights").read_text() == "step 4"
+    assert json.loads((tmp_path / "run" / "best" / "best.json").read_text()) == {"step": 4, "em": 0.5}
+
+
+# --- nothing is left over ---------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_no_process_file_or_directory_behind(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+
+    def open_files():
+        return {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")}
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    def children():
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    before, family, counts = open_files(), children(), []       # other tests share a sandbox
+    true = arft.Trainer.sample
+
+    def counted(trainer):
+        counts.append((len(os.listdir("/proc/self/fd")), len(children()), len(list(scratch.iterdir()))))
+        return true(trainer)
+    monkeypatch.setattr(arft.Trainer, "sample", counted)
+    assert main([*SHORT, "--steps", "6", "--eval-every", "0", "--max-new-tokens", "96", "--max-turns", "2",
+                 "--out", str(tmp_path / "run")]) == 0
+    assert len(set(counts[1:])) == 1, f"files, processes, scratch directories by step: {counts}"
+    assert children() == family and not list(scratch.iterdir())
+    assert not {name for name in open_files() - before if str(tmp_path) in name}

@@ -32,6 +32,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from policy import ImageInput, Policy
 from rollout import Episode
@@ -39,6 +40,7 @@ from rollout import Episode
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 TOKEN_MEANS = ("dapo", "cispo")          # loss types that average over all tokens of the batch at once
 SCALES = ("group", "batch", "none")
+AT_ONCE = 2 ** 25     # probabilities: 128 MiB in float32, those of 220 ids over Qwen's vocabulary; more is no faster
 STATISTICS = ("loss", "kl", "ratio", "clip_fraction", "entropy", "grad_norm", "logp_error", "updates", "skipped_updates")
 
 # --- advantages ------------------------------------------------------------------------------------
@@ -170,11 +172,30 @@ def episode_logp(policy: Policy, batch: Batch, temperature: float = 1.0) -> tupl
     features = policy.features(batch.images)
     hidden = policy.hidden(batch.ids, batch.positions, batch.attention, features)        # [B, T, D]
     rows, columns = batch.mask.nonzero(as_tuple=True)                                    # [N] sampled ids
-    log_probs = policy.log_probs(hidden[rows, columns - 1], temperature)                 # [N, V]
-    chosen = log_probs.gather(1, batch.ids[rows, columns, None])[:, 0]
-    entropy = -(log_probs.exp() * log_probs.masked_fill(policy.barred, 0.0)).sum(dim=1)
+    logp, entropy = sampled_logp(policy, hidden[rows, columns - 1], batch.ids[rows, columns], temperature)
     blank = torch.zeros_like(batch.mask)
-    return (blank.index_put((rows, columns), chosen), blank.index_put((rows, columns), entropy.detach()))
+    return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
+
+
+def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
+                 temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each id and entropy (without gradient) where it was sampled. [N, D], [N] -> [N], [N].
+
+    One id has V = 152k probabilities, a few thousand ids gigabytes of them. They are made for a chunk of ids at a
+    time, two numbers of each row are kept, and backward makes the chunk again.
+    """
+    def chunk(hidden, ids):
+        log_probs = policy.log_probs(hidden, temperature)                                # [AT_ONCE / V, V]
+        logp = log_probs.gather(1, ids[:, None])[:, 0]
+        with torch.no_grad():       # comes last: recomputing stops when backward has what it needs
+            entropy = -(log_probs.exp() * log_probs.masked_fill(policy.barred, 0.0)).sum(dim=1)
+        return logp, entropy
+
+    size = max(1, AT_ONCE // len(policy.barred))
+    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(hidden.split(size), ids.split(size))]
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy)
 
 
 # --- one update ------------------------------------------------------------------------------------------

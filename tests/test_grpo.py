@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, update
+import grpo
+from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
 from rollout import Limits, rollout
 
 # --- advantages --------------------------------------------------------------------------------------
@@ -237,3 +239,69 @@ def test_entropy_of_a_known_distribution(fresh_policy, episodes, monkeypatch):
     expected = math.log(int((~fresh_policy.barred).sum()))
     torch.testing.assert_close(entropy[batch.mask == 1], torch.full((int(batch.mask.sum()),), expected))
     assert (entropy[batch.mask == 0] == 0).all()
+
+
+# --- log-probs in chunks --------------------------------------------------------------------------------------
+
+
+def plain_logp(policy, hidden, ids, temperature):
+    """All log-probs at once, kept for backward."""
+    log_probs = policy.log_probs(hidden, temperature)                                    # [N, V]
+    p = log_probs.exp().detach()
+    return log_probs.gather(1, ids[:, None])[:, 0], -torch.where(p > 0, p * log_probs.detach(), 0.0).sum(1)
+
+
+@pytest.fixture
+def hidden_and_ids(fresh_policy):
+    """37 hidden states and an id after each: 37 = 7 chunks of 5 and one of 2."""
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(37, fresh_policy.model.config.text_config.hidden_size, generator=g).requires_grad_()
+    allowed = (~fresh_policy.barred).nonzero()[:, 0]
+    return hidden, allowed[torch.randint(len(allowed), (37,), generator=g)]
+
+
+def test_log_probs_in_chunks_are_those_at_once(fresh_policy, hidden_and_ids, monkeypatch):
+    """Values and gradients, of the hidden states and of the vocabulary matrix."""
+    monkeypatch.setattr(grpo, "AT_ONCE", 5 * len(fresh_policy.barred) + 3)
+    hidden, ids = hidden_and_ids
+    weight, scale = fresh_policy.model.lm_head.weight, torch.linspace(-1, 2, 37)
+    results = []
+    for function in (plain_logp, sampled_logp):
+        logp, entropy = function(fresh_policy, hidden, ids, 0.7)
+        assert not entropy.requires_grad
+        results.append((logp, entropy, *torch.autograd.grad((logp * scale).sum(), (hidden, weight))))
+    for plain, chunked in zip(*results):
+        assert plain.shape == chunked.shape
+        torch.testing.assert_close(plain, chunked, atol=1e-6, rtol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of any tensor made inside that `counts`."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts, self.elements = counts, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and self.counts(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_the_probabilities_of_all_ids_never_exist_together(fresh_policy, hidden_and_ids, monkeypatch):
+    """Neither made in forward or backward, nor kept between the two; the plain version does both."""
+    D, V = fresh_policy.model.lm_head.weight.shape[1], len(fresh_policy.barred)
+
+    def counts(tensor):     # [n, V], and not the vocabulary matrix itself
+        return tensor.dim() == 2 and tensor.shape[1] == V and tensor.shape[0] != D
+    monkeypatch.setattr(grpo, "AT_ONCE", 5 * V)
+    for function, made, kept in ((plain_logp, 37 * V, 37 * V), (sampled_logp, 5 * V, 0)):
+        saved = [0]
+        with Largest(counts) as largest:
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: saved.append(t.numel() if counts(t) else 0) or t, lambda t: t):
+                logp, _ = function(fresh_policy, *hidden_and_ids, 1.0)
+            logp.sum().backward()
+        assert (largest.elements, max(saved)) == (made, kept)

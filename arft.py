@@ -140,6 +140,9 @@ class Config:
                                             "with one pass and one minibatch the ratio is 1)")
     minibatches: int | None = option(None, "optimiser steps in each pass; default: 2 for data/tiny, else 1 (the paper)")
     micro_batch: int | None = option(None, "episodes in one forward pass; default: 16 for data/tiny, else 2")
+    checkpointing: str | None = option(None, "on: backward computes each layer again instead of keeping it, a third more "
+                                             "arithmetic for much less memory; default: off for data/tiny, else on",
+                                       ("on", "off"))
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; paper: 1")
     flat_groups: str = option("drop", "groups of equal rewards: drop them from the update or keep them (KL only)",
                               ("drop", "keep"))
@@ -157,7 +160,8 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
-    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4)}
+    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4),
+    "checkpointing": ("off", "on")}
 
 
 def parse_options(arguments: list[str]) -> Config:
@@ -422,9 +426,16 @@ class Trainer:
         warm = min(1.0, (self.steps + 1) / (self.config.warmup + 1))
         return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)
 
+    def keep_features(self, kept: dict | None) -> None:
+        """A frozen tower sees each image once a step, for rollout, update and reference; a trained one each time."""
+        for policy in (self.policy, self.reference):
+            if policy is not None and self.config.vision == "frozen":
+                policy.kept = kept
+
     def step(self) -> dict:
         """One step of GRPO. Returns what it did: episodes, rewards, advantages, statistics, seconds."""
         config, clock, start = self.config, Clock(), time.perf_counter()
+        self.keep_features({})
         samples = [next(self.order) for _ in range(config.samples_per_step)]
         episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
                            tools=self.tools, generator=self.generator, clock=clock)
@@ -438,6 +449,7 @@ class Trainer:
             if rows:
                 stats = grpo.update(self.policy, self.reference, [episodes[i] for i in rows], advantages[rows],
                                     self.optimizer, config, self.generator)
+        self.keep_features(None)
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
         self.steps += 1
         return {"episodes": episodes, "rewards": rewards, "totals": totals, "advantages": advantages,

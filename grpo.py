@@ -211,8 +211,8 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
            optimizer: torch.optim.Optimizer, config, generator: torch.Generator) -> dict[str, float]:
     """Trains on one step's episodes: inner epochs over minibatches, one optimiser step for each.
 
-    `config` has inner_epochs, minibatches, micro_batch, temperature, loss_type, clip_low, clip_high, beta,
-    max_sampled and max_grad_norm. A minibatch whose gradient is not finite is skipped and counted.
+    `config` has inner_epochs, minibatches, micro_batch, checkpointing, temperature, loss_type, clip_low, clip_high,
+    beta, max_sampled and max_grad_norm. A minibatch whose gradient is not finite is skipped and counted.
     Returns STATISTICS, means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
     before the first optimiser step.
     """
@@ -225,8 +225,9 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
         for rows in order.chunk(config.minibatches):
             rows = sorted(rows.tolist(), key=lambda i: len(episodes[i].ids))    # like lengths: little padding
             optimizer.zero_grad(set_to_none=True)
-            part, error = _accumulate(policy, [episodes[i] for i in rows], advantages[rows],
-                                      logp_ref and [logp_ref[i] for i in rows], config)
+            with policy.checkpointing(config.checkpointing == "on"):
+                part, error = _accumulate(policy, [episodes[i] for i in rows], advantages[rows],
+                                          logp_ref and [logp_ref[i] for i in rows], config)
             if count + skipped == 0:
                 logp_error = error
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)

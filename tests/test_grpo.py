@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
+from arft import Config, Trainer
 from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
 from rollout import Limits, rollout
 
@@ -161,7 +162,7 @@ def test_unknown_names_are_refused():
 
 
 def options(**changes):
-    base = dict(inner_epochs=1, minibatches=1, micro_batch=64, temperature=1.0, loss_type="grpo", clip_low=0.2,
+    base = dict(inner_epochs=1, minibatches=1, micro_batch=64, checkpointing="off", temperature=1.0, loss_type="grpo", clip_low=0.2,
                 clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1e9)
     return SimpleNamespace(**base | changes)
 
@@ -192,6 +193,57 @@ def test_micro_batches_change_nothing(fresh_policy, episodes, loss_type):
     config.micro_batch = 3
     parts = gradient_of(fresh_policy, reference, episodes, A, config)
     assert (whole - parts).abs().max() < 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("embeddings", ["trained", "frozen"])
+@pytest.mark.parametrize("vision", ["trained", "frozen"])
+def test_checkpointing_keeps_less_and_changes_nothing(fresh_policy, episodes, vision, embeddings):
+    """The same gradient, also where no input of the first layer needs one; and the layers are themselves again."""
+    model = fresh_policy.model.model
+    model.visual.requires_grad_(vision == "trained")
+    model.language_model.embed_tokens.requires_grad_(embeddings == "trained")
+    A, kept, gradients = group_advantages(torch.arange(8.0), 4), [], []
+    for on in ("off", "on"):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            gradients.append(gradient_of(fresh_policy, None, episodes, A, options(checkpointing=on)))
+        kept.append(sum(sizes))
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
+    assert kept[1] < kept[0] / 3
+    assert not any("forward" in vars(layer) for layer in [*model.language_model.layers, *model.visual.blocks])
+
+
+def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, sandbox, monkeypatch):
+    """Rollout, two passes of the update and the reference: one row of the tower's grid for each different image."""
+    seen, visual = [], type(fresh_policy.model.model.visual)
+    forward = visual.forward
+    monkeypatch.setattr(visual, "forward", lambda self, patches, grid_thw, **k: (
+        seen.append(len(grid_thw)), forward(self, patches, grid_thw=grid_thw, **k))[1])
+    for vision in ("frozen", "trained"):
+        seen.clear()
+        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, max_new_tokens=96, lr=1e-3, vision=vision,
+                        inner_epochs=2, minibatches=1, micro_batch=3, checkpointing="off", flat_groups="keep")
+        trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), sandbox, config)
+        done = trainer.step()
+        assert fresh_policy.kept is None and trainer.reference.kept is None
+        images = {image for episode in done["episodes"] for image in episode.images}
+        assert len(images) > 2, "no episode has a tool image: this would prove nothing"
+        assert sum(seen) == len(images) if vision == "frozen" else sum(seen) > 3 * len(images)
+
+
+def test_kept_features_change_nothing(fresh_policy, episodes):
+    """Not even where they were made in the inference mode of the rollout, or by the policy for its reference."""
+    fresh_policy.model.model.visual.requires_grad_(False)
+    reference = reference_of(fresh_policy)
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(1.1)
+    A = group_advantages(torch.arange(8.0), 4)
+    plain = gradient_of(fresh_policy, reference, episodes, A, options())
+    fresh_policy.kept = reference.kept = {}
+    with torch.inference_mode():
+        fresh_policy.features(episodes[0].images)
+    torch.testing.assert_close(gradient_of(fresh_policy, reference, episodes, A, options()), plain, atol=1e-6, rtol=1e-5)
+    assert set(fresh_policy.kept) == {image for episode in episodes for image in episode.images}
 
 
 def test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone(fresh_policy, episodes):

@@ -139,7 +139,11 @@ class Config:
     inner_epochs: int | None = option(None, "passes over a step's episodes; default: 2 for data/tiny, else 1 (the paper: "
                                             "with one pass and one minibatch the ratio is 1)")
     minibatches: int | None = option(None, "optimiser steps in each pass; default: 2 for data/tiny, else 1 (the paper)")
-    micro_batch: int | None = option(None, "episodes in one forward pass; default: 16 for data/tiny, else 2")
+    update: str | None = option(None, "tree: a group's prompt goes through the model once, its episodes grow from it; rows: "
+                                      "each episode by itself, the same gradient; default: rows for data/tiny, whose prompts "
+                                      "are short, else tree", ("tree", "rows"))
+    micro_batch_tokens: int | None = option(None, "ids in one forward pass of the update, padding included; one episode may "
+                                                  "have more; default: 2048 for data/tiny, else 8192")
     checkpointing: str | None = option(None, "on: backward computes each layer again instead of keeping it, a third more "
                                              "arithmetic for much less memory; default: off for data/tiny, else on",
                                        ("on", "off"))
@@ -160,8 +164,8 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
-    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4),
-    "checkpointing": ("off", "on")}
+    "inner_epochs": (2, 1), "minibatches": (2, 1), "threads": (1, 0), "passages": (2, 4),
+    "checkpointing": ("off", "on"), "update": ("rows", "tree"), "micro_batch_tokens": (2048, 8192)}
 
 
 def parse_options(arguments: list[str]) -> Config:
@@ -184,8 +188,8 @@ def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
-             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0,
-             "step_side": 0, "passages": 1}
+             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch_tokens": 1, "beta": 0.0, "seed": 0,
+             "threads": 0, "step_side": 0, "passages": 1}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
 from arft import Config, Trainer
-from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
+from grpo import LOSS_TYPES, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
+from pack import collate
 from rollout import Limits, rollout
 
 # --- advantages --------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_unknown_names_are_refused():
 
 
 def options(**changes):
-    base = dict(inner_epochs=1, minibatches=1, micro_batch=64, checkpointing="off", temperature=1.0, loss_type="grpo", clip_low=0.2,
+    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=10 ** 6, update="rows", checkpointing="off", temperature=1.0, loss_type="grpo", clip_low=0.2,
                 clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1e9)
     return SimpleNamespace(**base | changes)
 
@@ -190,7 +191,7 @@ def test_micro_batches_change_nothing(fresh_policy, episodes, loss_type):
     A = group_advantages(torch.arange(8.0), 4)
     config = options(loss_type=loss_type, clip_high=5.0 if loss_type == "cispo" else 0.2)
     whole = gradient_of(fresh_policy, reference, episodes, A, config)
-    config.micro_batch = 3
+    config.micro_batch_tokens = 3 * max(len(e.ids) for e in episodes)
     parts = gradient_of(fresh_policy, reference, episodes, A, config)
     assert (whole - parts).abs().max() < 1e-4 * whole.abs().max()
 
@@ -222,7 +223,7 @@ def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, sandb
     for vision in ("frozen", "trained"):
         seen.clear()
         config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, max_new_tokens=96, lr=1e-3, vision=vision,
-                        inner_epochs=2, minibatches=1, micro_batch=3, checkpointing="off", flat_groups="keep")
+                        inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows", checkpointing="off", flat_groups="keep")
         trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), sandbox, config)
         done = trainer.step()
         assert fresh_policy.kept is None and trainer.reference.kept is None

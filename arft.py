@@ -14,7 +14,7 @@ and everything else in this file is what a person needs around it: options, eval
 records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and in minutes;
 the same code with another model folder and another data folder is the real thing.
 
-Read next: policy.py, rollout.py, tools.py, rewards.py, grpo.py, in this order; paper.py last.
+Read next: policy.py, rollout.py, tools.py, rewards.py, pack.py, grpo.py, in this order; paper.py last.
 Left out: several GPUs; LoRA; a resumed run (checkpoint/ has what it will need).
 """
 
@@ -139,13 +139,13 @@ class Config:
     inner_epochs: int | None = option(None, "passes over a step's episodes; default: 2 for data/tiny, else 1 (the paper: "
                                             "with one pass and one minibatch the ratio is 1)")
     minibatches: int | None = option(None, "optimiser steps in each pass; default: 2 for data/tiny, else 1 (the paper)")
-    update: str | None = option(None, "tree: a group's prompt goes through the model once, its episodes grow from it; rows: "
-                                      "each episode by itself, the same gradient; default: rows for data/tiny, whose prompts "
-                                      "are short, else tree", ("tree", "rows"))
-    micro_batch_tokens: int | None = option(None, "ids in one forward pass of the update, padding included; one episode may "
+    update: str | None = option(None, "tree: a group's prompt goes through the model once; rows: each episode by itself, "
+                                      "the same gradient; default: rows for data/tiny (short prompts), else tree",
+                                ("tree", "rows"))
+    micro_batch_tokens: int | None = option(None, "ids in one forward pass of the update, with padding; one episode may "
                                                   "have more; default: 2048 for data/tiny, else 8192")
-    checkpointing: str | None = option(None, "on: backward computes each layer again instead of keeping it, a third more "
-                                             "arithmetic for much less memory; default: off for data/tiny, else on",
+    checkpointing: str | None = option(None, "on: backward computes each layer again instead of keeping it, a third "
+                                             "more arithmetic, less memory; default: off for data/tiny, else on",
                                        ("on", "off"))
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; paper: 1")
     flat_groups: str = option("drop", "groups of equal rewards: drop them from the update or keep them (KL only)",

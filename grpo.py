@@ -22,7 +22,8 @@ its text replaced by the gold turn before the reward is computed); ratio and cli
 real (there: one update per batch, the ratio is identically 1). `--inner-epochs 2` shows
 them at work.
 
-Read next: arft.py. Left out: a learned value function, importance weights for another sampler.
+Read next: arft.py; pack.py, where episodes become tensors. Left out: a learned value function, importance weights for
+another sampler.
 
 Dimensions: B episodes, G of them to a group, T tokens (L where rows of T hold trees: pack.py), V vocabulary.
 """
@@ -187,7 +188,8 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """Trains on one step's episodes: inner epochs over minibatches, one optimiser step for each.
 
     `config` has update ("tree" or "rows"), inner_epochs, minibatches, micro_batch_tokens, checkpointing, temperature,
-    loss_type, clip_low, clip_high, beta, max_sampled and max_grad_norm. A minibatch whose gradient is not finite is skipped and counted.
+    loss_type, clip_low, clip_high, beta, max_sampled and max_grad_norm. A minibatch whose gradient is not finite is
+    skipped and counted.
     Returns STATISTICS, means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
     before the first optimiser step.
     """

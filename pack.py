@@ -1,7 +1,7 @@
 """Episodes as tensors: side by side in rows, or a group as one packed tree.
 
-What it teaches: the G episodes of a group begin with the same prompt, and with an image in it the prompt is most of what
-they are. In rows the model computes it G times. As a tree, the trunk is there once, and G branches grow from it:
+What it teaches: the G episodes of a group begin with the same prompt, and with an image in it the prompt is most of
+what they are. In rows the model computes it G times. As a tree, the trunk is there once, and G branches grow from it:
 
     ids         p p p  a a a  b b  c c c c  .        prompt, three continuations, padding
     positions   0 1 2  3 4 5  3 4  3 4 5 6           as in each episode's own row
@@ -27,7 +27,7 @@ import torch
 from policy import ImageInput, Policy
 from rollout import Episode
 
-MULTIPLE = 8      # the length of a tree: the kernels for masked attention want rows of the mask to begin at round addresses
+MULTIPLE = 8      # of a tree's length: kernels for masked attention want the mask's rows to begin at round addresses
 
 
 @dataclass

@@ -32,13 +32,15 @@ def shape(hidden, intermediate, layers, heads, kv_heads, vocabulary, tied, secti
         "text_config": {
             "model_type": "qwen2_5_vl_text", "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "vocab_size": vocabulary, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "use_sliding_window": False,
+            "vocab_size": vocabulary, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+            "use_sliding_window": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
             "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
         "vision_config": {
             "model_type": "qwen2_5_vl_vision", "depth": depth, "hidden_size": width, "num_heads": vision_heads,
             "intermediate_size": vision_intermediate, "out_hidden_size": hidden, "fullatt_block_indexes": full,
-            "window_size": 112, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2}}
+            "window_size": 112, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "tokens_per_second": 2}}
 
 
 TOWER = (32, 1280, 3420, 16, [7, 15, 23, 31])     # the same in 3B and 7B, up to the width of its output

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+import paper
+import rollout
+from data.mat import StepSample
 from grpo import episode_logp, group_advantages, minibatches, policy_loss, reference_logp, reference_of
 from pack import collate, cut, groups_of, micro_batches, pack, sight, tree, tree_length
-from rollout import Episode
+from rollout import Episode, Limits
 from test_grpo import gradient_of, options
 from test_policy import photograph
 
@@ -27,7 +30,8 @@ def written(policy, prompt: Episode, seed: int, turns: list[tuple[int, bool]]) -
 
 def begun(policy, question: str, images: int) -> Episode:
     prompt, views = Episode(None), [policy.image_input(photograph(112, 56, seed=i)) for i in range(images)]
-    prompt.append(policy.prompt_ids(question, views), mask=0, images=views, holders=sum(map(policy.image_tokens, views)))
+    prompt.append(policy.prompt_ids(question, views), mask=0, images=views,
+                  holders=sum(map(policy.image_tokens, views)))
     return prompt
 
 
@@ -35,7 +39,8 @@ def begun(policy, question: str, images: int) -> Episode:
 def episodes(fresh_policy):
     """Three groups with 1, 0 and 2 images in their prompts, 4, 3 and 1 episodes (the others were dropped), ragged, with
     and without images in later turns, in no order."""
-    first, second, third = (begun(fresh_policy, words, n) for words, n in (("What is it?", 1), ("So?", 0), ("Which one?", 2)))
+    first, second, third = (begun(fresh_policy, words, images)
+                            for words, images in (("What is it?", 1), ("So?", 0), ("Which one?", 2)))
     made = [written(fresh_policy, first, 1, [(5, True), (9, False), (3, False)]),
             written(fresh_policy, second, 2, [(1, False)]), written(fresh_policy, first, 3, [(17, False)]),
             written(fresh_policy, third, 4, [(4, True), (2, True), (6, False)]),
@@ -104,16 +109,15 @@ def test_a_branch_does_not_depend_on_its_neighbours(fresh_policy, episodes):
     torch.testing.assert_close(one[0, :L], two[2, :L], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [10 ** 6, 220, 100, 1])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_an_update_is_the_same_as_a_tree_and_however_it_is_cut(fresh_policy, episodes, loss_type, limit):
+def test_an_update_is_the_same_as_a_tree_and_however_it_is_cut(fresh_policy, episodes, loss_type):
     """Whole updates with a reference: one forward pass for all, groups apart, groups cut, each episode alone."""
     reference = reference_of(fresh_policy)
     with torch.no_grad():
         reference.model.lm_head.weight.mul_(1.1)
     A = group_advantages(torch.arange(8.0), 4)
     rows = gradient_of(fresh_policy, reference, episodes, A, options(loss_type=loss_type))
-    for layout in ("rows", "tree"):
+    for layout, limit in (("rows", 1), ("tree", 10 ** 6), ("tree", 220), ("tree", 100), ("tree", 1)):
         config = options(loss_type=loss_type, update=layout, micro_batch_tokens=limit)
         got = gradient_of(fresh_policy, reference, episodes, A, config)
         assert (got - rows).abs().max() < 1e-5 * max(1, rows.abs().max())
@@ -122,7 +126,8 @@ def test_an_update_is_the_same_as_a_tree_and_however_it_is_cut(fresh_policy, epi
 def test_the_reference_is_the_same(fresh_policy, episodes):
     plain = reference_logp(fresh_policy, episodes, options())
     for limit in (10 ** 6, 220, 1):
-        for one, other in zip(plain, reference_logp(fresh_policy, episodes, options(update="tree", micro_batch_tokens=limit))):
+        trees = reference_logp(fresh_policy, episodes, options(update="tree", micro_batch_tokens=limit))
+        for one, other in zip(plain, trees):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -153,14 +158,32 @@ def test_cutting_by_hand():
 def test_minibatches_of_trees_are_whole_groups(fresh_policy, episodes):
     """In rows any episode goes anywhere; as trees groups stay together; both in a random order from the generator."""
     def drawn(update, count, seed):
-        return minibatches(fresh_policy, episodes, options(update=update, minibatches=count), torch.Generator().manual_seed(seed))
+        return minibatches(fresh_policy, episodes, options(update=update, minibatches=count),
+                           torch.Generator().manual_seed(seed))
     for update in ("rows", "tree"):
         for count in (1, 2, 3):
             assert sorted(i for part in drawn(update, count, 0) for i in part) == list(range(8))
     assert all(part in GROUPS for part in drawn("tree", 3, 0)) and len(drawn("tree", 9, 0)) == 3
     assert len({str(drawn("tree", 3, seed)) for seed in range(9)}) > 1
     assert any(part not in GROUPS for part in drawn("rows", 3, 0))
-    assert drawn("rows", 2, 4) == [part.tolist() for part in torch.randperm(8, generator=torch.Generator().manual_seed(4)).chunk(2)]
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(4))
+    assert drawn("rows", 2, 4) == [order[:4].tolist(), order[4:].tolist()]
+
+
+@pytest.mark.parametrize("protocol", ["episodes", "paper"])
+def test_real_groups_share_their_prompts(fresh_policy, samples, sandbox, protocol):
+    """What rollout and paper.rollout return are groups; scored as trees, ids have the log-probs of their sampling."""
+    drawn = samples(("dark",), ("rotation90", "noise"))
+    if protocol == "paper":
+        drawn = [StepSample(**vars(sample), kind="answer", context="<think> I look. </think>") for sample in drawn]
+    play = rollout.rollout if protocol == "episodes" else paper.rollout
+    episodes = play(fresh_policy, drawn, group_size=3, tools=sandbox, limits=Limits(max_new_tokens=60),
+                    generator=torch.Generator().manual_seed(1))
+    assert groups_of(fresh_policy, episodes) == [[0, 1, 2], [3, 4, 5]]
+    batch = tree(fresh_policy, episodes)
+    with torch.no_grad():
+        logp, _ = episode_logp(fresh_policy, batch)
+    assert ((logp - batch.logp_old) * batch.mask).abs().max() < 1e-4
 
 
 def test_a_tree_holds_each_prompt_once(fresh_policy, episodes):

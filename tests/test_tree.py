@@ -171,13 +171,13 @@ def test_minibatches_of_trees_are_whole_groups(fresh_policy, episodes):
 
 
 @pytest.mark.parametrize("protocol", ["episodes", "paper"])
-def test_real_groups_share_their_prompts(fresh_policy, samples, sandbox, protocol):
+def test_real_groups_share_their_prompts(fresh_policy, samples, tools, protocol):
     """What rollout and paper.rollout return are groups; scored as trees, ids have the log-probs of their sampling."""
     drawn = samples(("dark",), ("rotation90", "noise"))
     if protocol == "paper":
         drawn = [StepSample(**vars(sample), kind="answer", context="<think> I look. </think>") for sample in drawn]
     play = rollout.rollout if protocol == "episodes" else paper.rollout
-    episodes = play(fresh_policy, drawn, group_size=3, tools=sandbox, limits=Limits(max_new_tokens=60),
+    episodes = play(fresh_policy, drawn, group_size=3, tools=tools, limits=Limits(max_new_tokens=60),
                     generator=torch.Generator().manual_seed(1))
     assert groups_of(fresh_policy, episodes) == [[0, 1, 2], [3, 4, 5]]
     batch = tree(fresh_policy, episodes)

@@ -195,7 +195,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """
     stats, count, skipped = defaultdict(float), 0, 0
     logp_error = 0.0
-    logp_ref = None if reference is None else reference_logp(reference, episodes, config)
+    logp_ref = None if reference is None else frozen_logp(reference, episodes, config)
     for _ in range(config.inner_epochs):
         for rows in minibatches(policy, episodes, config, generator):
             optimizer.zero_grad(set_to_none=True)
@@ -229,13 +229,14 @@ def minibatches(policy: Policy, episodes: list[Episode], config, generator: torc
     return [[i for unit in part.tolist() for i in units[unit]] for part in order.chunk(config.minibatches)]
 
 
-def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
-    """Log-probs of each episode's sampled ids under the reference, [its length]: once a step, for all passes."""
+def frozen_logp(policy: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
+    """Log-probs of each episode's sampled ids, [its length], without a gradient: under the reference once a step, for
+    all passes; under the policy after its update, for the record."""
     logps = [None] * len(episodes)
-    for part in micro_batches(reference, episodes, config.micro_batch_tokens, config.update):
-        batch = pack(reference, [episodes[i] for i in part], config.update)
+    for part in micro_batches(policy, episodes, config.micro_batch_tokens, config.update):
+        batch = pack(policy, [episodes[i] for i in part], config.update)
         with torch.no_grad():
-            logp, _ = episode_logp(reference, batch, config.temperature)
+            logp, _ = episode_logp(policy, batch, config.temperature)
         for i, row in zip(part, logp):
             logps[i] = row[:len(episodes[i].ids)]
     return logps

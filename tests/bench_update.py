@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from bench_shapes import SHAPES, make_policy
-from grpo import group_advantages, reference_logp, update
+from grpo import frozen_logp, group_advantages, update
 from pack import micro_batches, pack
 from policy import Policy
 from rollout import Episode
@@ -110,7 +110,7 @@ def measure(policy: Policy, episodes: list[Episode], group_size: int, config, ro
             done = {"update_gib": meter.peak, "grad_norm": stats["grad_norm"]}
             updates.append(meter.seconds)
             with meter:
-                reference_logp(policy, episodes, config)
+                frozen_logp(policy, episodes, config)
             references.append(meter.seconds)
             results[layout] |= done | {"reference_gib": meter.peak}
     for layout, (updates, references) in seconds.items():       # the first round warms up

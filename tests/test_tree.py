@@ -6,7 +6,7 @@ import torch
 import paper
 import rollout
 from data.mat import StepSample
-from grpo import episode_logp, group_advantages, minibatches, policy_loss, reference_logp, reference_of
+from grpo import episode_logp, frozen_logp, group_advantages, minibatches, policy_loss, reference_of
 from pack import collate, cut, groups_of, micro_batches, pack, sight, tree, tree_length
 from rollout import Episode, Limits
 from test_grpo import gradient_of, options
@@ -124,9 +124,9 @@ def test_an_update_is_the_same_as_a_tree_and_however_it_is_cut(fresh_policy, epi
 
 
 def test_the_reference_is_the_same(fresh_policy, episodes):
-    plain = reference_logp(fresh_policy, episodes, options())
+    plain = frozen_logp(fresh_policy, episodes, options())
     for limit in (10 ** 6, 220, 1):
-        trees = reference_logp(fresh_policy, episodes, options(update="tree", micro_batch_tokens=limit))
+        trees = frozen_logp(fresh_policy, episodes, options(update="tree", micro_batch_tokens=limit))
         for one, other in zip(plain, trees):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 

@@ -17,7 +17,7 @@ and everything else in this file is what a person needs around it: options, eval
 records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and in minutes;
 the same code with another model folder and another data folder is the real thing.
 
-Read next: policy.py, rollout.py, tools.py, rewards.py, grpo.py, in this order; paper.py last.
+Read next: policy.py, rollout.py, tools.py, rewards.py, pack.py, grpo.py, in this order; paper.py last.
 Left out: several GPUs; LoRA.
 """
 
@@ -154,7 +154,14 @@ class Config:
     inner_epochs: int | None = option(None, "passes over a step's episodes; default: 2 for data/tiny, else 1 (the paper: "
                                             "with one pass and one minibatch the ratio is 1)")
     minibatches: int | None = option(None, "optimiser steps in each pass; default: 2 for data/tiny, else 1 (the paper)")
-    micro_batch: int | None = option(None, "episodes in one forward pass; default: 16 for data/tiny, else 2")
+    update: str | None = option(None, "tree: a group's prompt goes through the model once; rows: each episode by itself, "
+                                      "the same gradient; default: rows for data/tiny (short prompts), else tree",
+                                ("tree", "rows"))
+    micro_batch_tokens: int | None = option(None, "ids in one forward pass of the update, with padding; one episode may "
+                                                  "have more; default: 2048 for data/tiny, else 8192")
+    checkpointing: str | None = option(None, "on: backward computes each layer again instead of keeping it, a third "
+                                             "more arithmetic, less memory; default: off for data/tiny, else on",
+                                       ("on", "off"))
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm; paper: 1")
     flat_groups: str = option("drop", "groups of equal rewards: drop them from the update or keep them (KL only)",
                               ("drop", "keep"))
@@ -172,13 +179,13 @@ class Config:
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
     "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
-    "inner_epochs": (2, 1), "minibatches": (2, 1), "micro_batch": (16, 2), "threads": (1, 0), "passages": (2, 4),
-    "save_every": (1, 0)}
+    "inner_epochs": (2, 1), "minibatches": (2, 1), "threads": (1, 0), "passages": (2, 4), "save_every": (1, 0),
+    "checkpointing": ("off", "on"), "update": ("rows", "tree"), "micro_batch_tokens": (2048, 8192)}
 
 # What may be given beside --resume and differ: where things are (a fingerprint tells whether they are the same) and how
 # the machine is used. All else would make it another run.
 MAY_DIFFER = {"resume", "model", "data", "system_prompt", "similarity", "device", "threads", "save_every", "eval_every",
-              "eval_batch", "micro_batch", "sandbox_workers", "sandbox"}
+              "eval_batch", "micro_batch_tokens", "checkpointing", "sandbox_workers", "sandbox"}
 
 
 def given_options(arguments: list[str]) -> dict:
@@ -250,8 +257,8 @@ def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 0, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
-             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch": 1, "beta": 0.0, "seed": 0, "threads": 0,
-             "step_side": 0, "passages": 1}
+             "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch_tokens": 1, "beta": 0.0, "seed": 0,
+             "threads": 0, "step_side": 0, "passages": 1}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -495,9 +502,16 @@ class Trainer:
         warm = min(1.0, (self.steps + 1) / (self.config.warmup + 1))
         return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)
 
+    def keep_features(self, kept: dict | None) -> None:
+        """A frozen tower sees each image once a step, for rollout, update and reference; a trained one each time."""
+        for policy in (self.policy, self.reference):
+            if policy is not None and self.config.vision == "frozen":
+                policy.kept = kept
+
     def sample(self) -> dict:
         """The first half of a step, which changes nothing that is kept: episodes, rewards, advantages, clock."""
         config, clock, start = self.config, Clock(), time.perf_counter()
+        self.keep_features({})
         samples = [next(self.order) for _ in range(config.samples_per_step)]
         episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
                            tools=self.tools, generator=self.generator, clock=clock)
@@ -521,6 +535,7 @@ class Trainer:
         recorded = done["episodes"][:config.group_size] if config.record_tokens == "on" else []
         tokens = [token_record(self.policy, episode, logp) for episode, logp
                   in zip(recorded, grpo.frozen_logp(self.policy, recorded, config))]
+        self.keep_features(None)
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
         self.steps, self.randomness, self.whole = self.steps + 1, self.random_states(), True
         return done | {"stats": stats, "tokens": tokens, "seconds": time.perf_counter() - done["start"]}

@@ -22,24 +22,27 @@ its text replaced by the gold turn before the reward is computed); ratio and cli
 real (there: one update per batch, the ratio is identically 1). `--inner-epochs 2` shows
 them at work.
 
-Read next: arft.py. Left out: a learned value function, importance weights for another sampler.
+Read next: arft.py; pack.py, where episodes become tensors. Left out: a learned value function, importance weights for
+another sampler.
 
-Dimensions: B episodes, G of them to a group, T tokens, V vocabulary.
+Dimensions: B episodes, G of them to a group, T tokens (L where rows of T hold trees: pack.py), V vocabulary.
 """
 
 import copy
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from policy import ImageInput, Policy
+from pack import Batch, groups_of, micro_batches, pack
+from policy import Policy
 from rollout import Episode
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 TOKEN_MEANS = ("dapo", "cispo")          # loss types that average over all tokens of the batch at once
 SCALES = ("group", "batch", "none")
+AT_ONCE = 2 ** 25     # probabilities: 128 MiB in float32, those of 220 ids over Qwen's vocabulary; more is no faster
 STATISTICS = ("loss", "kl", "ratio", "clip_fraction", "entropy", "grad_norm", "logp_error", "updates", "skipped_updates")
 
 # --- advantages ------------------------------------------------------------------------------------
@@ -134,48 +137,42 @@ def _token_means(mask, **values) -> dict[str, float]:
     return {name: ((value.detach() * mask).sum() / count).item() for name, value in values.items()}
 
 
-# --- episodes as tensors -------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """B episodes side by side, padded on the right to T."""
-    ids: torch.Tensor            # [B, T]
-    positions: torch.Tensor      # [3, B, T]
-    attention: torch.Tensor      # [B, T], 1 where there is an id
-    mask: torch.Tensor           # [B, T], 1 where the policy sampled it
-    logp_old: torch.Tensor       # [B, T], at sampling; 0 elsewhere
-    images: list[ImageInput]     # row by row, in reading order
-
-
-def collate(policy: Policy, episodes: list[Episode]) -> Batch:
-    """Pads episodes to one length. Padding is 0 in attention and mask; which id it has does not matter."""
-    length = max(len(e.ids) for e in episodes)
-
-    def rows(of, dtype):
-        return torch.tensor([[*of(e), *[0] * (length - len(of(e)))] for e in episodes], dtype=dtype).to(policy.device)
-
-    positions = [policy.positions(e.ids, e.images) for e in episodes]
-    positions = torch.stack([torch.nn.functional.pad(p, (0, length - p.shape[1])) for p in positions], dim=1)
-    return Batch(rows(lambda e: e.ids, torch.long), positions.to(policy.device),
-                 rows(lambda e: [1] * len(e.ids), torch.long), rows(lambda e: e.mask, torch.float32),
-                 rows(lambda e: e.logp, torch.float32), [image for e in episodes for image in e.images])
+# --- log-probs of episodes -------------------------------------------------------------------------------
 
 
 def episode_logp(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of every sampled id, and the entropy where it was sampled. [B, T] and [B, T], 0 off the mask.
+    """Log-prob of every sampled id, and the entropy where it was sampled. [B, L] and [B, L], 0 off the mask.
 
-    Column t belongs to ids[:, t]; the hidden state that predicts it is that of column t - 1.
-    Only these states meet the vocabulary matrix: never [B, T, V] at once.
+    Column t belongs to an episode's ids[t]; the hidden state that predicts it is that of ids[t - 1].
+    Only these states meet the vocabulary matrix.
     """
     features = policy.features(batch.images)
-    hidden = policy.hidden(batch.ids, batch.positions, batch.attention, features)        # [B, T, D]
-    rows, columns = batch.mask.nonzero(as_tuple=True)                                    # [N] sampled ids
-    log_probs = policy.log_probs(hidden[rows, columns - 1], temperature)                 # [N, V]
-    chosen = log_probs.gather(1, batch.ids[rows, columns, None])[:, 0]
-    entropy = -(log_probs.exp() * log_probs.masked_fill(policy.barred, 0.0)).sum(dim=1)
-    blank = torch.zeros_like(batch.mask)
-    return (blank.index_put((rows, columns), chosen), blank.index_put((rows, columns), entropy.detach()))
+    hidden = policy.hidden(batch.ids, batch.positions, batch.attention, features)        # [R, T, D]
+    values = sampled_logp(policy, hidden.flatten(0, 1)[batch.states], batch.targets, temperature)
+    sampled = batch.mask.nonzero(as_tuple=True)
+    logp, entropy = (torch.zeros_like(batch.mask).index_put(sampled, value) for value in values)
+    return logp, entropy
+
+
+def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
+                 temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each id and entropy (without gradient) where it was sampled. [N, D], [N] -> [N], [N].
+
+    One id has V = 152k probabilities, a few thousand ids gigabytes of them. They are made for a chunk of ids at a
+    time, two numbers of each row are kept, and backward makes the chunk again.
+    """
+    def chunk(hidden, ids):
+        log_probs = policy.log_probs(hidden, temperature)                                # [AT_ONCE / V, V]
+        logp = log_probs.gather(1, ids[:, None])[:, 0]
+        with torch.no_grad():       # comes last: recomputing stops when backward has what it needs
+            entropy = -(log_probs.exp() * log_probs.masked_fill(policy.barred, 0.0)).sum(dim=1)
+        return logp, entropy
+
+    size = max(1, AT_ONCE // len(policy.barred))
+    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(hidden.split(size), ids.split(size))]
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy)
 
 
 # --- one update ------------------------------------------------------------------------------------------
@@ -191,8 +188,9 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
            optimizer: torch.optim.Optimizer, config, generator: torch.Generator) -> dict[str, float]:
     """Trains on one step's episodes: inner epochs over minibatches, one optimiser step for each.
 
-    `config` has inner_epochs, minibatches, micro_batch, temperature, loss_type, clip_low, clip_high, beta,
-    max_sampled and max_grad_norm. A minibatch whose loss or gradient is not finite is skipped and counted.
+    `config` has update ("tree" or "rows"), inner_epochs, minibatches, micro_batch_tokens, checkpointing, temperature,
+    loss_type, clip_low, clip_high, beta, max_sampled and max_grad_norm. A minibatch whose loss or gradient is not
+    finite is skipped and counted.
     Returns STATISTICS, means over the minibatches; `logp_error` is the largest |sampled - scored| log-prob
     before the first optimiser step.
     """
@@ -200,13 +198,11 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     logp_error = 0.0
     logp_ref = None if reference is None else frozen_logp(reference, episodes, config)
     for _ in range(config.inner_epochs):
-        order = (torch.randperm(len(episodes), generator=generator, device=generator.device)
-                 if config.minibatches > 1 else torch.arange(len(episodes)))
-        for rows in order.chunk(config.minibatches):
-            rows = sorted(rows.tolist(), key=lambda i: len(episodes[i].ids))    # like lengths: little padding
+        for rows in minibatches(policy, episodes, config, generator):
             optimizer.zero_grad(set_to_none=True)
-            part, error = _accumulate(policy, [episodes[i] for i in rows], advantages[rows],
-                                      logp_ref and [logp_ref[i] for i in rows], config)
+            with policy.checkpointing(config.checkpointing == "on"):
+                part, error = _accumulate(policy, [episodes[i] for i in rows], advantages[rows],
+                                          logp_ref and [logp_ref[i] for i in rows], config)
             if count + skipped == 0:
                 logp_error = error
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
@@ -222,16 +218,27 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
         "logp_error": logp_error, "updates": count, "skipped_updates": skipped}
 
 
+def minibatches(policy: Policy, episodes: list[Episode], config, generator: torch.Generator) -> list[list[int]]:
+    """Indices of the episodes of each optimiser step of a pass, in a new random order where there are several.
+
+    In rows, any episode may be in any minibatch. The tree update draws whole groups: one that is torn apart would
+    compute its prompt in each minibatch again. Fewer groups than minibatches make fewer steps.
+    """
+    units = groups_of(policy, episodes) if config.update == "tree" else [[i] for i in range(len(episodes))]
+    order = (torch.randperm(len(units), generator=generator, device=generator.device)
+             if config.minibatches > 1 else torch.arange(len(units)))
+    return [[i for unit in part.tolist() for i in units[unit]] for part in order.chunk(config.minibatches)]
+
+
 def frozen_logp(policy: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
     """Log-probs of each episode's sampled ids, [its length], without a gradient: under the reference once a step, for
     all passes; under the policy after its update, for the record."""
     logps = [None] * len(episodes)
-    order = sorted(range(len(episodes)), key=lambda i: len(episodes[i].ids))
-    for start in range(0, len(order), config.micro_batch):
-        rows = order[start:start + config.micro_batch]
+    for part in micro_batches(policy, episodes, config.micro_batch_tokens, config.update):
+        batch = pack(policy, [episodes[i] for i in part], config.update)
         with torch.no_grad():
-            logp, _ = episode_logp(policy, collate(policy, [episodes[i] for i in rows]), config.temperature)
-        for i, row in zip(rows, logp):
+            logp, _ = episode_logp(policy, batch, config.temperature)
+        for i, row in zip(part, logp):
             logps[i] = row[:len(episodes[i].ids)]
     return logps
 
@@ -240,10 +247,9 @@ def _accumulate(policy, episodes, advantages, logp_ref, config) -> tuple[dict[st
     """Adds the gradient of one minibatch, a micro-batch at a time. Returns its statistics and logp error."""
     tokens = torch.tensor([sum(e.mask) for e in episodes])                 # sampled ids of each episode
     stats, error = defaultdict(float), 0.0
-    for start in range(0, len(episodes), config.micro_batch):
-        part = slice(start, start + config.micro_batch)
-        batch = collate(policy, episodes[part])
-        ref = logp_ref and torch.nn.utils.rnn.pad_sequence(logp_ref[part], batch_first=True)      # [B, T]
+    for part in micro_batches(policy, episodes, config.micro_batch_tokens, config.update):
+        batch = pack(policy, [episodes[i] for i in part], config.update)
+        ref = logp_ref and torch.nn.utils.rnn.pad_sequence([logp_ref[i] for i in part], batch_first=True)  # [B, L]
         logp, entropy = episode_logp(policy, batch, config.temperature)
         loss, values = policy_loss(
             logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,

@@ -19,11 +19,14 @@ Dimensions in this file: B rows, T tokens, D hidden size, P image patches, V voc
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -72,6 +75,7 @@ class Policy:
             self._special(name) for name in
             ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
         self.merge = model.config.vision_config.spatial_merge_size
+        self.kept = None        # dict: `features` keeps there what it computed, for as long as the tower stays as it is
         # Ids that only the program writes (role marks, image pads, ...) and rows of the embedding
         # that are no token at all. Barred in the sampler and in the scored log-prob alike (law 2).
         barred = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
@@ -175,16 +179,20 @@ class Policy:
     # --- the forward pass ------------------------------------------------------------------------------
 
     def features(self, images: list[ImageInput]) -> list[torch.Tensor]:
-        """The vision tower's output of each image, [image tokens, D]; an image given twice is computed once."""
-        unique = list(dict.fromkeys(images))
-        if not unique:
-            return []
-        visual = self.model.model.visual
-        patches = torch.cat([image.patches for image in unique]).to(self.device, visual.dtype)
-        grid = torch.tensor([image.grid for image in unique], device=self.device)
-        merged = visual(patches, grid_thw=grid).pooler_output
-        parts = dict(zip(unique, merged.split([self.image_tokens(image) for image in unique])))
-        return [parts[image] for image in images]
+        """The vision tower's output of each image, [image tokens, D].
+
+        An image given twice is computed once; where `self.kept` is a dict, not even twice in two calls. That is
+        right as long as the tower does not change: a step with a frozen tower, rollout, update and reference.
+        """
+        known = {} if self.kept is None else self.kept
+        new = [image for image in dict.fromkeys(images) if image not in known]
+        if new:
+            visual = self.model.model.visual
+            patches = torch.cat([image.patches for image in new]).to(self.device, visual.dtype)
+            grid = torch.tensor([image.grid for image in new], device=self.device)
+            merged = visual(patches, grid_thw=grid).pooler_output
+            known.update(zip(new, merged.split([self.image_tokens(image) for image in new])))
+        return [known[image] for image in images]
 
     def hidden(self, ids, positions, attention, features, cache=None) -> torch.Tensor:
         """One forward pass of the language model. Returns the last hidden states [B, T, D].
@@ -211,6 +219,22 @@ class Policy:
         """
         logits = self.model.lm_head(hidden).float().masked_fill(self.barred, -torch.inf)
         return torch.log_softmax(logits / temperature, dim=-1)
+
+    @contextmanager
+    def checkpointing(self, on: bool = True):
+        """Inside, backward has the input of each transformer layer alone and computes the rest of it again.
+
+        A third more arithmetic (forward, forward again, backward = two forwards) for a fraction of the memory. By hand,
+        because transformers' own switch does nothing in eval mode, where this model is, and has changed its name.
+        """
+        layers = [*self.model.model.language_model.layers, *self.model.model.visual.blocks] if on else []
+        for layer in layers:        # an attribute of the layer itself, found before its class's method
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     # --- files ---------------------------------------------------------------------------------------
 

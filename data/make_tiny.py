@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import rollout
 from data import mini
 from data.mat import Sample
-from grpo import collate
+from pack import collate
 from policy import Policy, load
 from rollout import Episode
 from tools import parse

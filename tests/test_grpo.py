@@ -5,8 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo import LOSS_TYPES, collate, episode_logp, group_advantages, policy_loss, reference_of, update
+import grpo
+from arft import Config, Trainer
+from grpo import LOSS_TYPES, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
+from pack import collate
 from rollout import Limits, rollout
 
 # --- advantages --------------------------------------------------------------------------------------
@@ -159,8 +163,9 @@ def test_unknown_names_are_refused():
 
 
 def options(**changes):
-    base = dict(inner_epochs=1, minibatches=1, micro_batch=64, temperature=1.0, loss_type="grpo", clip_low=0.2,
-                clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1e9)
+    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=10 ** 6, update="rows", checkpointing="off",
+                temperature=1.0, loss_type="grpo", clip_low=0.2, clip_high=0.2, beta=0.04, max_sampled=480,
+                max_grad_norm=1e9)
     return SimpleNamespace(**base | changes)
 
 
@@ -187,9 +192,62 @@ def test_micro_batches_change_nothing(fresh_policy, episodes, loss_type):
     A = group_advantages(torch.arange(8.0), 4)
     config = options(loss_type=loss_type, clip_high=5.0 if loss_type == "cispo" else 0.2)
     whole = gradient_of(fresh_policy, reference, episodes, A, config)
-    config.micro_batch = 3
+    config.micro_batch_tokens = 3 * max(len(e.ids) for e in episodes)
     parts = gradient_of(fresh_policy, reference, episodes, A, config)
     assert (whole - parts).abs().max() < 1e-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize("embeddings", ["trained", "frozen"])
+@pytest.mark.parametrize("vision", ["trained", "frozen"])
+def test_checkpointing_keeps_less_and_changes_nothing(fresh_policy, episodes, vision, embeddings):
+    """The same gradient, also where no input of the first layer needs one; and the layers are themselves again."""
+    model = fresh_policy.model.model
+    model.visual.requires_grad_(vision == "trained")
+    model.language_model.embed_tokens.requires_grad_(embeddings == "trained")
+    A, kept, gradients = group_advantages(torch.arange(8.0), 4), [], []
+    for on in ("off", "on"):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            gradients.append(gradient_of(fresh_policy, None, episodes, A, options(checkpointing=on)))
+        kept.append(sum(sizes))
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
+    assert kept[1] < kept[0] / 3
+    assert not any("forward" in vars(layer) for layer in [*model.language_model.layers, *model.visual.blocks])
+
+
+def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools, monkeypatch):
+    """Rollout, two passes of the update and the reference: one row of the tower's grid for each different image."""
+    seen, visual = [], type(fresh_policy.model.model.visual)
+    forward = visual.forward
+    monkeypatch.setattr(visual, "forward", lambda self, patches, grid_thw, **k: (
+        seen.append(len(grid_thw)), forward(self, patches, grid_thw=grid_thw, **k))[1])
+    for vision in ("frozen", "trained"):
+        seen.clear()
+        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, max_new_tokens=96, lr=1e-3, vision=vision,
+                        inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows", checkpointing="off",
+                        flat_groups="keep")
+        trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), tools, config)
+        done = trainer.learn(trainer.sample())
+        assert fresh_policy.kept is None and trainer.reference.kept is None
+        images = {image for episode in done["episodes"] for image in episode.images}
+        assert len(images) > 2, "no episode has a tool image: this would prove nothing"
+        assert sum(seen) == len(images) if vision == "frozen" else sum(seen) > 3 * len(images)
+
+
+def test_kept_features_change_nothing(fresh_policy, episodes):
+    """Not even where they were made in the inference mode of the rollout, or by the policy for its reference."""
+    fresh_policy.model.model.visual.requires_grad_(False)
+    reference = reference_of(fresh_policy)
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(1.1)
+    A = group_advantages(torch.arange(8.0), 4)
+    plain = gradient_of(fresh_policy, reference, episodes, A, options())
+    fresh_policy.kept = reference.kept = {}
+    with torch.inference_mode():
+        fresh_policy.features(episodes[0].images)
+    kept = gradient_of(fresh_policy, reference, episodes, A, options())
+    torch.testing.assert_close(kept, plain, atol=1e-6, rtol=1e-5)
+    assert set(fresh_policy.kept) == {image for episode in episodes for image in episode.images}
 
 
 def test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone(fresh_policy, episodes):
@@ -237,3 +295,69 @@ def test_entropy_of_a_known_distribution(fresh_policy, episodes, monkeypatch):
     expected = math.log(int((~fresh_policy.barred).sum()))
     torch.testing.assert_close(entropy[batch.mask == 1], torch.full((int(batch.mask.sum()),), expected))
     assert (entropy[batch.mask == 0] == 0).all()
+
+
+# --- log-probs in chunks --------------------------------------------------------------------------------------
+
+
+def plain_logp(policy, hidden, ids, temperature):
+    """All log-probs at once, kept for backward."""
+    log_probs = policy.log_probs(hidden, temperature)                                    # [N, V]
+    p = log_probs.exp().detach()
+    return log_probs.gather(1, ids[:, None])[:, 0], -torch.where(p > 0, p * log_probs.detach(), 0.0).sum(1)
+
+
+@pytest.fixture
+def hidden_and_ids(fresh_policy):
+    """37 hidden states and an id after each: 37 = 7 chunks of 5 and one of 2."""
+    g = torch.Generator().manual_seed(5)
+    hidden = torch.randn(37, fresh_policy.model.config.text_config.hidden_size, generator=g).requires_grad_()
+    allowed = (~fresh_policy.barred).nonzero()[:, 0]
+    return hidden, allowed[torch.randint(len(allowed), (37,), generator=g)]
+
+
+def test_log_probs_in_chunks_are_those_at_once(fresh_policy, hidden_and_ids, monkeypatch):
+    """Values and gradients, of the hidden states and of the vocabulary matrix."""
+    monkeypatch.setattr(grpo, "AT_ONCE", 5 * len(fresh_policy.barred) + 3)
+    hidden, ids = hidden_and_ids
+    weight, scale = fresh_policy.model.lm_head.weight, torch.linspace(-1, 2, 37)
+    results = []
+    for function in (plain_logp, sampled_logp):
+        logp, entropy = function(fresh_policy, hidden, ids, 0.7)
+        assert not entropy.requires_grad
+        results.append((logp, entropy, *torch.autograd.grad((logp * scale).sum(), (hidden, weight))))
+    for plain, chunked in zip(*results):
+        assert plain.shape == chunked.shape
+        torch.testing.assert_close(plain, chunked, atol=1e-6, rtol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of any tensor made inside that `counts`."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts, self.elements = counts, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and self.counts(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_the_probabilities_of_all_ids_never_exist_together(fresh_policy, hidden_and_ids, monkeypatch):
+    """Neither made in forward or backward, nor kept between the two; the plain version does both."""
+    D, V = fresh_policy.model.lm_head.weight.shape[1], len(fresh_policy.barred)
+
+    def counts(tensor):     # [n, V], and not the vocabulary matrix itself
+        return tensor.dim() == 2 and tensor.shape[1] == V and tensor.shape[0] != D
+    monkeypatch.setattr(grpo, "AT_ONCE", 5 * V)
+    for function, made, kept in ((plain_logp, 37 * V, 37 * V), (sampled_logp, 5 * V, 0)):
+        saved = [0]
+        with Largest(counts) as largest:
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: saved.append(t.numel() if counts(t) else 0) or t, lambda t: t):
+                logp, _ = function(fresh_policy, *hidden_and_ids, 1.0)
+            logp.sum().backward()
+        assert (largest.elements, max(saved)) == (made, kept)

@@ -13,7 +13,8 @@ import rollout as rollout_module
 from conftest import ROOT
 from data import mat
 from data.mat import StepSample
-from grpo import collate, episode_logp
+from grpo import episode_logp
+from pack import collate
 from rewards import lexical_similarity, step_reward
 from rollout import Limits
 from test_rollout import answer, code, problem

@@ -16,6 +16,7 @@ import record
 import report
 from arft import Config, main
 from conftest import ROOT
+from pack import collate
 from rollout import Clock, Limits, rollout
 
 HOSTILE = ("<script>alert(1)</script> </pre></i></textarea></svg></style> <img src=x onerror=alert(1)> &lt; &amp; ]]> <!-- "
@@ -347,14 +348,15 @@ SHORT = ["--steps", "2", "--seed", "5", "--samples-per-step", "2", "--group-size
 def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, tools, monkeypatch):
     """Against a forward pass of each episode alone; the advantages are given, so that there is something to learn."""
     monkeypatch.setattr(grpo, "group_advantages", lambda totals, *more: torch.linspace(-1, 1, len(totals)))
-    config = Config(steps=2, samples_per_step=1, group_size=4, lr=1e-3, inner_epochs=1, minibatches=1, micro_batch=3,
+    config = Config(steps=2, samples_per_step=1, group_size=4, lr=1e-3, inner_epochs=1, minibatches=1,
+                    micro_batch_tokens=400, update="rows", checkpointing="off",
                     max_new_tokens=40, max_turns=1, warmup=0, flat_groups="keep")
     trainer = arft.Trainer(fresh_policy, samples(("dark",), ("blur",)), tools, config)
     done = trainer.learn(trainer.sample())
     assert len(done["tokens"]) == 4
     for kept, one in zip(done["tokens"], done["episodes"]):
         with torch.no_grad():
-            now, _ = grpo.episode_logp(fresh_policy, grpo.collate(fresh_policy, [one]))
+            now, _ = grpo.episode_logp(fresh_policy, collate(fresh_policy, [one]))
         sampled = [t for t, mask in enumerate(one.mask) if mask]
         columns = [t for t, mask in enumerate(kept["mask"]) if mask == "1"]
         assert [kept["logp"][t] for t in columns] == pytest.approx(now[0, sampled].tolist(), abs=1e-4)
@@ -419,7 +421,8 @@ def test_the_loss_is_as_zero_as_the_note_says(fresh_policy, samples, tools):
     assert sum(episodes[0].mask) < sum(episodes[-1].mask)
     advantages = grpo.group_advantages(torch.arange(8.0), 8)
     for loss_type, low, high in (("grpo", 0, 1e-5), ("gspo", 0, 1e-5), ("dapo", 1e-2, 9)):
-        config = Config(loss_type=loss_type, inner_epochs=1, minibatches=1, micro_batch=8, max_new_tokens=40)
+        config = Config(loss_type=loss_type, inner_epochs=1, minibatches=1,
+                        micro_batch_tokens=2048, update="tree", checkpointing="off", max_new_tokens=40)
         stats = grpo.update(fresh_policy, None, episodes, advantages, torch.optim.SGD(fresh_policy.model.parameters(), 1e-9),
                             config, torch.Generator()) | {"zero_variance": 0.0}
         assert low <= abs(stats["loss"]) <= high and stats["grad_norm"] > 1e-2

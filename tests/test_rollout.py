@@ -7,7 +7,8 @@ import torch
 
 import rollout as rollout_module
 from data import mini
-from grpo import collate, episode_logp
+from grpo import episode_logp
+from pack import collate
 from rewards import episode_reward
 from rollout import Clock, Episode, Limits, Rows, begin, rollout
 

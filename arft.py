@@ -102,6 +102,7 @@ class Config:
     # evaluation and records
     eval_only: bool = option(False, "evaluate and stop")
     eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
+    eval_sampled: str = option("on", "evaluate at temperature 1, too; off: greedily alone, in half the time", ("on", "off"))
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
     save_every: int | None = option(None, "steps between checkpoints; 0: as often as 5% of the time allow; default: 1 for "
                                           "data/tiny, else 0 (one of a whole 3B model is about 20 GB)")
@@ -411,42 +412,63 @@ def attempt(policy: Policy, samples, config: Config, **more) -> list[Episode]:
     return rollout(policy, samples, **more)
 
 
-def evaluate(policy: Policy, samples, tools, config: Config, temperature: float, clock: Clock, title: str):
-    """One episode per sample. Returns (summary, episodes); temperature 0 is greedy."""
-    limits = dataclasses.replace(config.limits, temperature=temperature)
-    generator = torch.Generator(policy.device).manual_seed(config.seed + 10_000)
-    episodes = []
-    with tqdm(total=len(samples), desc=title, leave=False, unit="sample") as bar:
-        for start in range(0, len(samples), config.eval_batch):
-            part = samples[start:start + config.eval_batch]
-            episodes += attempt(policy, part, config, limits=limits, tools=tools, generator=generator, clock=clock)
-            bar.update(len(part))
-    both = {scorer: summarize([e.answer for e in episodes], samples, scorer, chinese=config.task == "mat-coding")
-            for scorer in SCORERS}
+def answer_row(i: int, episode: Episode) -> dict:
+    return {"answer": episode.answer}
+
+
+def evaluate(policy: Policy, samples, tools, config: Config, temperature: float, clock: Clock, title: str,
+             row=answer_row, part: Path | None = None):
+    """One episode per sample; temperature 0 is greedy. Returns (summary, rows).
+
+    row: what is kept of the i-th episode, a dictionary with its "answer"; an episode itself is not kept. part: a file that the rows
+    are added to, batch by batch; what is there already is not evaluated again.
+    """
+    limits, rows = dataclasses.replace(config.limits, temperature=temperature), resume.take_up(part) if part else []
+    with tqdm(total=len(samples), initial=len(rows), desc=title, leave=False, unit="sample") as bar:
+        for start in range(len(rows), len(samples), config.eval_batch):
+            generator = torch.Generator(policy.device).manual_seed(config.seed + 10_000 + start)
+            episodes = attempt(policy, samples[start:start + config.eval_batch], config, limits=limits, tools=tools,
+                               generator=generator, clock=clock)
+            new = [row(start + i, episode) for i, episode in enumerate(episodes)]
+            rows += new
+            if part:
+                resume.append_lines(part, new)
+            bar.update(len(new))
+    answers = [row["answer"] for row in rows]
+    both = {scorer: summarize(answers, samples, scorer, chinese=config.task == "mat-coding") for scorer in SCORERS}
     summary = both.pop(config.scorer) | both        # the other scorer's under its name
     if any(sample.problems for sample in samples):
-        summary["by_problem"] = em_by_problem(episodes, config.scorer)
-    return summary, episodes
+        summary["by_problem"] = em_by_problem(answers, samples, config.scorer)
+    return summary, rows
 
 
-def em_by_problem(episodes: list[Episode], scorer: str) -> dict[str, dict]:
+def em_by_problem(answers: list[str | None], samples: list, scorer: str) -> dict[str, dict]:
     """n and exact match for each kind of damage, and for all damaged images together."""
     right: dict[str, list[float]] = {"damaged": []}
-    for episode in episodes:
-        name = "+".join(episode.sample.problems)
-        _, em = score_answer(episode.answer, episode.sample.golds, scorer)
+    for answer, sample in zip(answers, samples):
+        name = "+".join(sample.problems)
+        _, em = score_answer(answer, sample.golds, scorer)
         right.setdefault(name, []).append(em)
         if name != "none":
             right["damaged"].append(em)
     return {name: {"n": len(ems), "em": float(np.mean(ems))} for name, ems in right.items() if ems}
 
 
-def evaluate_both(policy, samples, tools, config, clock, title):
-    """Greedy evaluation with the sampled one (temperature 1) under "sampled"; the greedy episodes; their rewards."""
-    summary, episodes = evaluate(policy, samples, tools, config, 0.0, clock, f"{title}, greedy")
-    sampled, _ = evaluate(policy, samples, tools, config, 1.0, clock, f"{title}, sampled")
-    summary["sampled"] = sampled
-    return summary, episodes, score(episodes, config)
+def evaluate_both(policy, samples, tools, config, clock, title, run: Run | None = None):
+    """Greedy evaluation, with the sampled one (temperature 1) under "sampled"; and its rows: with a run, the record of
+    each episode. What was done of an evaluation before training is on the disk: a stopped one goes on."""
+    def record(i: int, episode: Episode) -> dict:
+        return run.episode_record(title, i, episode, score([episode], config)[0], None, True)
+
+    def part(mode: str) -> Path | None:
+        return run.folder / f"{title}-{mode}.part" if run and title == "before" else None
+
+    summary, rows = evaluate(policy, samples, tools, config, 0.0, clock, f"{title}, greedy", record if run else answer_row,
+                             part("greedy"))
+    if config.eval_sampled == "on":
+        summary["sampled"], _ = evaluate(policy, samples, tools, config, 1.0, clock, f"{title}, sampled",
+                                         part=part("sampled"))
+    return summary, rows if run else []
 
 
 # --- training --------------------------------------------------------------------------------------------
@@ -769,7 +791,7 @@ def carry_out(run: Run, config: Config, policy: Policy, training: list, held_out
     """Evaluation, training, evaluation: what of these is still to be done."""
     try:
         if "before" not in run.summary:
-            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
+            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before", run))
         if not config.eval_only:
             trainer = Trainer(policy, training, tools, config, similarity)
             if state:
@@ -778,7 +800,7 @@ def carry_out(run: Run, config: Config, policy: Policy, training: list, held_out
                 run.save_checkpoint(trainer)
             train(trainer, run, held_out, signals)
             if not run.interrupted:
-                run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after"))
+                run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after", run))
                 if config.eval_every:
                     run.keep_best(policy)
     except KeyboardInterrupt:

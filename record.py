@@ -262,9 +262,7 @@ class Run:
         resume.write_text(self.folder / name, json.dumps(value, indent=1, ensure_ascii=False))
 
     def append(self, name: str, *objects: dict) -> None:
-        # a lone surrogate from a data file has no UTF-8; as \\ud800 it is the same JSON
-        with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
+        resume.append_lines(self.folder / name, objects)
 
     def record_step(self, step: int, done: dict) -> None:
         metrics = step_metrics(step, done, self.group_size)
@@ -326,19 +324,19 @@ class Run:
                 "split": sample.split, "turns": turns, "answer": episode.answer, "ended": episode.ended,
                 "reward": rounded(dataclasses.asdict(reward)), "advantage": rounded(advantage)}
 
-    def record_evaluation(self, when: int | str, summary: dict, episodes: list[Episode] = (), rewards: list = ()) -> None:
-        """Keeps a summary; with episodes and their rewards (before and after training) also every prediction."""
+    def record_evaluation(self, when: int | str, summary: dict, rows: list[dict] = ()) -> None:
+        """Keeps a summary; with its rows, `episode_record`s (before and after training), also every prediction."""
         self.summary[str(when)] = rounded(summary)
         self.curve = [point for point in self.curve if point["step"] < self.steps]     # "after" may be its last, too
-        self.curve.append({"step": self.steps, "greedy": summary["em"], "sampled": summary["sampled"]["em"]})
+        self.curve.append({"step": self.steps, "greedy": summary["em"], "sampled": summary.get("sampled", {}).get("em")})
         self.append("evaluations.jsonl", {"step": self.steps, "when": str(when), **self.summary[str(when)]})
-        if not episodes:
-            return
-        self.write_json(f"predictions-{when}.json", [
-            {"id": int(e.sample.id) if e.sample.id.isdigit() else e.sample.id, "gt": list(e.sample.golds),
-             "pred_answer": e.answer, **({"split": e.sample.split} if e.sample.split else {})} for e in episodes])
-        self.append("episodes.jsonl", *(self.episode_record(str(when), i, e, r, None, True)
-                                        for i, (e, r) in enumerate(zip(episodes, rewards))))
+        if rows:
+            self.write_json(f"predictions-{when}.json", [
+                {"id": int(row["sample"]) if row["sample"].isdigit() else row["sample"], "gt": row["gold"],
+                 "pred_answer": row["answer"], **({"split": row["split"]} if row["split"] else {})} for row in rows])
+            self.append("episodes.jsonl", *rows)
+        for part in self.folder.glob("*.part"):
+            part.unlink()
 
     def step_line(self) -> str:
         """The last step in at most 100 columns; behind "!" what goes wrong. What does not fit is left out."""

@@ -65,7 +65,7 @@ def score_rows(summary: dict) -> list[tuple[str, dict]]:
             if "damaged" in scores.get("by_problem", {}):
                 rows.append(("  damaged images", scores["by_problem"]["damaged"]))
             rows += [(f"  {name} scorer", scores[name]) for name in SCORERS if name in scores]
-            rows.append((f"{when}, sampled", scores["sampled"]))
+            rows += [(f"{when}, sampled", scores["sampled"])] if "sampled" in scores else []
     return rows
 
 

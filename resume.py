@@ -175,10 +175,23 @@ def cut_back(folder: Path, step: int, lengths: dict[str, int]) -> None:
     (folder / "summary.json").unlink(missing_ok=True)
 
 
+def append_lines(path: Path, objects) -> None:
+    """Adds one line of JSON for each object. A lone surrogate from a data file has no UTF-8; as \\ud800 it is the same JSON."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
+
+
 def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file. A last line that a kill tore is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     return [json.loads(line) for line in lines[:-1]]        # behind the last line break: nothing, or a torn line
+
+
+def take_up(path: Path) -> list[dict]:
+    """`read_lines` of a file that will be added to: a torn last line is cut off it. No file: no lines."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return read_lines(path)
 
 
 # --- whose run it is ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from data import mat
 from policy import SEARCH_PROMPT, load
 from rollout import Clock
 from test_mat import CODING, QA, steps, write_mat
-from test_protocol import CROP, answer, attempt, play, problem
+from test_protocol import CROP, EPISODE, answer, attempt, play, problem
 
 SHARED = ROOT.parent / "shared"
 MAT_SAMPLE = SHARED / "mat-sample" / "MAT"
@@ -299,7 +299,8 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
     for scorer, other, right in (("official", "repaired", 0.0), ("repaired", "official", 1.0)):
         play(monkeypatch, policy, answer("FOOD DIRECTORY"))
         config = Config(scorer=scorer)
-        summary, episodes = arft.evaluate(policy, [sample], None, config, 0.0, Clock(), "scripted")
+        summary, rows = arft.evaluate(policy, [sample], None, config, 0.0, Clock(), "scripted", EPISODE)
+        episodes = [row["episode"] for row in rows]
         assert summary["em"] == right and summary[other]["em"] == 1 - right and scorer not in summary
         assert summary["by_problem"]["none"]["em"] == right
         assert arft.score(episodes, config)[0].answer == right
@@ -360,7 +361,7 @@ def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training):
 @published
 def test_one_step_on_the_published_search_row(tmp_path):
     code, out = run(tmp_path, "--task", "mat-search", "--steps", 1, "--data", MAT_SAMPLE, "--protocol", "paper",
-                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep",
+                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep", "--tools", "off",
                     "--inner-epochs", 1, "--minibatches", 1)
     assert code == 0
     step = json.loads((out / "metrics.jsonl").read_text())

@@ -24,6 +24,11 @@ MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
 real_files = pytest.mark.skipif(not MAT_SAMPLE.exists(), reason="the MAT sample is not beside this checkout")
 
 
+def EPISODE(i, episode):
+    """A row of `arft.evaluate` that keeps the episode itself."""
+    return {"answer": episode.answer, "episode": episode}
+
+
 def play(monkeypatch, policy, *turns):
     """Every row writes the same given turns, one after another; "..." at the end of a turn: it is cut off."""
     left = list(turns)
@@ -284,7 +289,8 @@ def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(polic
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[0]
     play(monkeypatch, policy, problem("rotation180"), code("image = image.rotate(180)"), answer("1 Can (473mL)."))
     config = arft.Config(protocol=protocol, max_new_tokens=96)
-    summary, (episode,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted")
+    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted", EPISODE)
+    episode = row["episode"]
     assert (summary["em"], summary["f1"], summary["repaired"]["em"]) == (1.0, 1.0, 1.0)
     assert summary["splits"]["simple"]["n"] == 1 and summary["by_problem"]["rotation180"]["em"] == 1.0
     assert episode.answer == "1 Can (473mL)." and len(episode.images) == images
@@ -304,7 +310,8 @@ def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(polic
     size = size or (int(.506 * width) - int(.366 * width), int(.851 * height) - int(.723 * height))
     play(monkeypatch, policy, problem("crop"), CROP, answer("SINCE 1994"))
     config = arft.Config(protocol=protocol, max_new_tokens=96, max_length=10_000)
-    summary, (episode,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted")
+    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted", EPISODE)
+    episode = row["episode"]
     assert summary["em"] == 1.0 and episode.view.size == size and episode.sample.split == "hard"
 
 

@@ -459,3 +459,41 @@ def test_the_embedded_checkpoint_searches_badly(tmp_path):
     assert policy.system_prompt == "Search, then answer."
     weights = sum(f.stat().st_size for f in (ROOT / "data" / "tiny-search").iterdir())
     assert weights < 8_000_000
+
+
+def test_a_stopped_evaluation_of_many_questions_goes_on(tmp_path, monkeypatch, random_corpus):
+    """Killed after two of five batches, with a torn line: the rest is done, and all is as if it had never stopped."""
+    questions = tmp_path / "dev.jsonl"
+    questions.write_text("".join(json.dumps({"id": f"dev_{i}", "question": f"Who is w{i}?", "golden_answers": ["x"]}) + "\n"
+                                 for i in range(10)))
+    options = ["--task", "2wiki", "--data", str(questions), "--corpus", str(random_corpus[0]), "--eval-only", "--eval-batch", "2"]
+    assert arft.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    true, asked = arft.attempt, []
+
+    def dies(policy, samples, config, **more):
+        if len(asked) == 4:
+            raise RuntimeError("killed")
+        asked.extend(sample.id for sample in samples)
+        return true(policy, samples, config, **more)
+    monkeypatch.setattr(arft, "attempt", dies)
+    with pytest.raises(RuntimeError):
+        arft.main([*options, "--out", str(tmp_path / "stopped")])
+    with open(tmp_path / "stopped/before-greedy.part", "a") as file:
+        file.write('{"answer": "to')
+    monkeypatch.setattr(arft, "attempt", lambda policy, samples, config, **more: asked.extend(
+        sample.id for sample in samples) or true(policy, samples, config, **more))
+    del asked[:]
+    assert arft.main(["--resume", str(tmp_path / "stopped")]) == 0
+    assert asked[:6] == [f"dev_{i}" for i in range(4, 10)] and len(asked) == 6 + 10, "greedy: the rest; sampled: all"
+    for name in ("predictions-before.json", "episodes.jsonl"):
+        assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text())["before"] for name in ("whole", "stopped"))
+    assert first == second and not list((tmp_path / "stopped").glob("*.part"))
+    predictions = json.loads((tmp_path / "whole/predictions-before.json").read_text())
+    assert [list(p) for p in predictions] == [["id", "gt", "pred_answer"]] * 10, "the published schema"
+
+
+def test_evaluation_can_be_greedy_alone(tmp_path, random_corpus, capsys):
+    assert arft.main(["--task", "mat-search", "--eval-only", "--eval-samples", "2", "--eval-sampled", "off", "--out", str(tmp_path / "a")]) == 0
+    assert "sampled" not in json.loads((tmp_path / "a/summary.json").read_text())["before"]
+    assert "sampled" not in capsys.readouterr().out

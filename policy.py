@@ -114,10 +114,11 @@ class Policy:
 
     def message_ids(self, role: str, text: str, images: list[ImageInput] = ()) -> list[int]:
         """One message in Qwen's chat format, images first, as the checkpoint's chat template would write it."""
-        ids = [self.im_start, *self.text_ids(role + "\n")]
+        blank = "" if images else re.match(r"(\s*[\r\n])?", text)[0]     # line breaks in a row are one token of Qwen's
+        ids = [self.im_start, *self.text_ids(role + "\n" + blank)]
         for image in images:
             ids += [self.vision_start, *[self.image_pad] * self.image_tokens(image), self.vision_end]
-        return [*ids, *self.text_ids(text), self.im_end, *self.text_ids("\n")]
+        return [*ids, *self.text_ids(text[len(blank):]), self.im_end, *self.text_ids("\n")]
 
     def prompt_ids(self, question: str, images: list[ImageInput]) -> list[int]:
         """System prompt, question with its images, and the opening of the model's first turn."""

@@ -198,17 +198,23 @@ class Policy:
     def hidden(self, ids, positions, attention, features, cache=None) -> torch.Tensor:
         """One forward pass of the language model. Returns the last hidden states [B, T, D].
 
-        ids [B, T]; positions [3, B, T]; attention [B, T + cached], 1 where there is an id, 0 on padding;
-        features: the images' features in reading order of the batch (row by row);
-        cache: a transformers DynamicCache that this pass reads and extends.
+        ids [B, T]; positions [3, B, T];
+        attention: [B, T], 1 where there is an id, 0 on padding; or [B, 1, T, S], true where one of the T ids sees one
+        of the S keys; or None: every id sees itself and all before it;
+        features: the images' features in reading order of the batch (row by row); None: the ids were sampled, so that
+        no place holder is among them (a GPU is not asked, which would make it wait);
+        cache: has `update`, which the layers call with their keys and values (rollout.Cache).
         """
         x = self.model.get_input_embeddings()(ids)                                       # [B, T, D]
-        holders = ids == self.image_pad
-        found = sum(len(f) for f in features)
-        if found != int(holders.sum()):
-            raise ValueError(f"{int(holders.sum())} image place holders but {found} image features")
+        if features is not None:
+            holders = ids == self.image_pad
+            found, wanted = sum(len(f) for f in features), int(holders.sum())
+            if found != wanted:
+                raise ValueError(f"{wanted} image place holders but {found} image features")
         if features:
             x = x.masked_scatter(holders[..., None], torch.cat(features).to(x.dtype))
+        if attention is None or attention.dim() == 4:       # made by hand: transformers makes none of its own
+            attention = {"full_attention": attention}
         return self.model.model.language_model(
             inputs_embeds=x, position_ids=positions, attention_mask=attention,
             past_key_values=cache, use_cache=cache is not None).last_hidden_state

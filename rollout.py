@@ -131,7 +131,7 @@ NARROW_FROM = 8                         # rows: a smaller batch is not worth mak
 
 
 class Cache:
-    """Keys and values: for each layer two buffers [B, S, heads, size of a head] that are written in place.
+    """Keys and values: for each layer two buffers [B, heads, S, size of a head] that are written in place.
 
     What lies behind a row's last id is zero or out of date; the attention mask hides it. Each attention layer of the
     model calls `update`; `aim` says beforehand where.
@@ -143,24 +143,25 @@ class Cache:
 
     def aim(self, rows: slice, slots: torch.Tensor, seen: int) -> None:
         """The next forward pass is of these rows, writes these slots [b, T] and sees the first `seen` slots."""
-        self.at, self.into, self.seen = rows, (torch.arange(len(slots), device=slots.device)[:, None], slots), seen
+        self.at, self.slots_written, self.seen = rows, slots, seen
+        self.each = torch.arange(len(slots), device=slots.device)[:, None]                   # [b, 1]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> list[torch.Tensor]:
         """Stores a layer's new keys and values, [b, heads, T, size]. Returns all that may be seen, likewise."""
         if layer == len(self.buffers):
             _, heads, _, size = keys.shape
-            self.buffers.append(tuple(new.new_zeros(self.rows, self.slots, heads, size) for new in (keys, values)))
+            self.buffers.append(tuple(new.new_zeros(self.rows, heads, self.slots, size) for new in (keys, values)))
         for buffer, new in zip(self.buffers[layer], (keys, values)):
-            buffer[self.at].index_put_(self.into, new.transpose(1, 2))
-        return [buffer[self.at, :self.seen].transpose(1, 2) for buffer in self.buffers[layer]]
+            buffer[self.at][self.each, :, self.slots_written] = new.transpose(1, 2)          # [b, T, heads, size]
+        return [buffer[self.at, :, :self.seen] for buffer in self.buffers[layer]]
 
     def arrange(self, index: torch.Tensor, slots: int, used: int) -> None:
         """Rows `index`, repeats allowed, in new buffers of `slots` slots; the first `used` are copied. By layer: the
         old buffers of one layer are freed before the next layer's new ones are made."""
         for layer, old in enumerate(self.buffers):
-            self.buffers[layer] = tuple(buffer.new_zeros(len(index), slots, *buffer.shape[2:]) for buffer in old)
+            self.buffers[layer] = tuple(buffer.new_zeros(len(index), buffer.shape[1], slots, buffer.shape[3]) for buffer in old)
             for new, buffer in zip(self.buffers[layer], old):
-                new[:, :used] = buffer[index, :used]
+                new[:, :, :used] = buffer[index, :, :used]
         self.rows, self.slots = len(index), slots
 
 
@@ -267,13 +268,13 @@ class Rows:
         for tensor in (self.length, self.position, self.last):
             tensor[here] = tensor[there]
         for buffer in (buffer for layer in self.cache.buffers for buffer in layer):
-            buffer[here, :self.longest] = buffer[there, :self.longest]
+            buffer[here, :, :self.longest] = buffer[there, :, :self.longest]
         self.width = width
         return torch.tensor(places[:width], device=device)
 
     def repeat(self, times: int) -> None:
         """Each row becomes `times` consecutive rows: the prompt is prefilled once for its whole group."""
-        self.keep([row for row in range(len(self.order)) for _ in range(times)])
+        self._arrange([place for place in range(len(self.order)) for _ in range(times)], self.cache.slots)
 
     def keep(self, rows: list[int]) -> None:
         """Drops all other rows: finished episodes leave for good."""

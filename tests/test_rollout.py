@@ -208,48 +208,48 @@ def same_episodes(first, second):
     torch.testing.assert_close([p for e in first for p in e.logp], [p for e in second for p in e.logp], atol=1e-4, rtol=0)
 
 
-def test_a_rows_ids_fill_its_slots_without_holes(policy, samples, sandbox, monkeypatch):
+def test_a_rows_ids_fill_its_slots_without_holes(policy, samples, tools, monkeypatch):
     """Whenever a piece has been fed, each row has exactly its episode's ids in the cache, however ragged the turns were."""
     lengths, expected = [], []
     feed, positions = Rows.feed, type(policy).positions
     monkeypatch.setattr(Rows, "feed", lambda self, *arguments: (feed(self, *arguments), lengths.append(self.length.tolist())))
     monkeypatch.setattr(policy, "positions", lambda ids, images: (expected.append(len(ids)), positions(policy, ids, images))[1])
-    sampled(policy, samples(*KINDS), sandbox)
+    sampled(policy, samples(*KINDS), tools)
     assert len(lengths) > 2 and len(set(lengths[-1])) > 1
     assert [n for fed in lengths for n in fed] == expected
 
 
-def test_rows_that_leave_during_a_turn_change_nothing(policy, samples, sandbox, monkeypatch):
+def test_rows_that_leave_during_a_turn_change_nothing(policy, samples, tools, monkeypatch):
     """Narrowed at every chance or never, the same seed samples the same ids: the draws are made for all rows."""
     widths = []
     step = Rows.step
     monkeypatch.setattr(Rows, "step", lambda self, ids, active: (widths.append(len(ids)), step(self, ids, active))[1])
     monkeypatch.setattr(rollout_module, "NARROW_FROM", 1)
-    narrowed = sampled(policy, samples(*KINDS), sandbox)
+    narrowed = sampled(policy, samples(*KINDS), tools)
     assert len(set(widths)) > 3 and min(widths) == 1
     widths.clear()
     monkeypatch.setattr(rollout_module, "NARROW_FROM", 10**9)
-    whole = sampled(policy, samples(*KINDS), sandbox)
+    whole = sampled(policy, samples(*KINDS), tools)
     assert widths[0] == 12 and narrowed[0].ids
     same_episodes(narrowed, whole)
 
 
-def test_asking_seldom_who_is_left_changes_nothing(policy, samples, sandbox, monkeypatch):
+def test_asking_seldom_who_is_left_changes_nothing(policy, samples, tools, monkeypatch):
     """As on a GPU: up to seven steps for nobody at the end of a turn. (Greedy: the draws would differ.)"""
-    often = sampled(policy, samples(*KINDS), sandbox, temperature=0.0)
+    often = sampled(policy, samples(*KINDS), tools, temperature=0.0)
     monkeypatch.setitem(rollout_module.ASK_EVERY, "cpu", 8)
-    same_episodes(often, sampled(policy, samples(*KINDS), sandbox, temperature=0.0))
+    same_episodes(often, sampled(policy, samples(*KINDS), tools, temperature=0.0))
 
 
-def test_prompts_prefilled_in_parts_change_nothing(policy, samples, sandbox, monkeypatch):
+def test_prompts_prefilled_in_parts_change_nothing(policy, samples, tools, monkeypatch):
     """Two rows at a time, each part with its own images."""
-    at_once = sampled(policy, samples(*KINDS), sandbox)
+    at_once = sampled(policy, samples(*KINDS), tools)
     monkeypatch.setattr(rollout_module, "PREFILL_IDS", 2 * max(len(e.ids) for e in at_once))
     calls = []
     forward = Rows._forward
     monkeypatch.setattr(Rows, "_forward", lambda self, rows, ids, *more: (
         calls.append(ids.shape), forward(self, rows, ids, *more))[1])
-    same_episodes(at_once, sampled(policy, samples(*KINDS), sandbox))
+    same_episodes(at_once, sampled(policy, samples(*KINDS), tools))
     assert [b for b, length in calls if length > 1][:2] == [2, 1]
 
 
@@ -264,12 +264,12 @@ def static_rows(monkeypatch, record):
     monkeypatch.setattr(rollout_module, "record", record)
 
 
-def test_the_step_that_a_gpu_records_is_the_same_step(policy, samples, sandbox, monkeypatch):
+def test_the_step_that_a_gpu_records_is_the_same_step(policy, samples, tools, monkeypatch):
     """The static step of the CUDA graph, run without recording: the same episodes; one recording for a width and turn."""
-    plain = sampled(policy, samples(*KINDS), sandbox)
+    plain = sampled(policy, samples(*KINDS), tools)
     recorded = []
     static_rows(monkeypatch, lambda step: (recorded.append(step.__self__.width), step)[1])
-    same_episodes(plain, sampled(policy, samples(*KINDS), sandbox))
+    same_episodes(plain, sampled(policy, samples(*KINDS), tools))
     turns = max(len(e.turns) for e in plain)
     assert recorded[0] == 12 and 2 <= len(recorded) < 3 * turns
 
@@ -283,7 +283,7 @@ class NothingAsked(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, sandbox, monkeypatch):
+def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, tools, monkeypatch):
     addresses = []
 
     def record(step):
@@ -296,7 +296,7 @@ def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, sa
                 step()
         return watched
     static_rows(monkeypatch, record)
-    sampled(policy, samples(*KINDS), sandbox)
+    sampled(policy, samples(*KINDS), tools)
     by_step = {}
     for step, width, where in addresses:
         assert by_step.setdefault((step, width), where) == where

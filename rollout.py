@@ -178,6 +178,7 @@ class Rows:
         self.graphs = {}            # by width: replays one step
         self.cache = None
         self.order, self.width = [], 0
+        self.batch = None           # [width], order[:width] on the device: the rows that lie in the batch
         self.longest = 0            # no row has more ids in the cache
         self.length = None          # [B], each row's ids in the cache
         self.position = None        # [B], the next text position of each row
@@ -208,19 +209,19 @@ class Rows:
             self.last[rows] = newest
         self.length += sizes
         self.longest += length
-        self.position = torch.tensor([int(p.max()) + 1 for p in positions], device=device)
+        self.position[:] = torch.tensor([int(p.max()) + 1 for p in positions], device=device)
 
     def _make_room(self, rows: int, length: int) -> None:
         """Slots for a piece of `length` ids and for the turn after it."""
         if self.cache is None:
-            self.cache = Cache(rows, length + self.room)
-            self.length = torch.zeros(rows, dtype=torch.long, device=self.policy.device)
-            self.ids = torch.zeros_like(self.length)
-            self.order, self.width = list(range(rows)), rows
+            self.cache = Cache(rows, aligned(length + self.room))
+            self.length, self.position, self.ids = torch.zeros(3, rows, dtype=torch.long, device=self.policy.device)
+            self._all(rows)
             return
         self.longest = int(self.length.max())
-        if self.longest + length + self.room > self.cache.slots or self.width < rows:
-            self._arrange([self.order.index(row) for row in range(rows)], self.longest + length + self.room)
+        slots = aligned(self.longest + length + self.room)
+        if slots > self.cache.slots or self.width < rows:
+            self._arrange([self.order.index(row) for row in range(rows)], slots)
 
     def _forward(self, rows: slice, ids, positions, slots, seen: int, features) -> torch.Tensor:
         """ids [b, T] of some rows into their slots [b, T]; an id sees the slots of its row up to its own. [b, T, D]"""
@@ -269,7 +270,7 @@ class Rows:
             tensor[here] = tensor[there]
         for buffer in (buffer for layer in self.cache.buffers for buffer in layer):
             buffer[here, :, :self.longest] = buffer[there, :, :self.longest]
-        self.width = width
+        self.width, self.batch = width, torch.tensor(self.order[:width], device=device)
         return torch.tensor(places[:width], device=device)
 
     def repeat(self, times: int) -> None:
@@ -285,7 +286,12 @@ class Rows:
         self.cache.arrange(index, slots, self.longest)
         self.length, self.position, self.last, self.ids = (
             tensor[index] for tensor in (self.length, self.position, self.last, self.ids))
-        self.order, self.width, self.graphs = list(range(len(places))), len(places), {}     # graphs of freed buffers
+        self.graphs = {}            # they know the old buffers
+        self._all(len(places))
+
+    def _all(self, rows: int) -> None:
+        """Every row is in the batch, in order."""
+        self.order, self.width, self.batch = list(range(rows)), rows, torch.arange(rows, device=self.policy.device)
 
     def sample(self, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """The next id of each row in the batch and its log-prob, [width] and [width]. Temperature 0 takes the likeliest.
@@ -298,11 +304,16 @@ class Rows:
             # drawn for all rows, so that an episode does not depend on when others leave the batch
             waiting = log_probs.new_empty(len(self.order), log_probs.shape[1]).exponential_(generator=generator)
             if self.width < len(self.order):
-                waiting = waiting[self.order[:self.width]]
+                waiting = waiting[self.batch]
             ids = (waiting / log_probs.exp()).argmin(dim=-1)                                 # [width]
         else:
             ids = log_probs.argmax(dim=-1)
         return ids, log_probs.gather(1, ids[:, None])[:, 0]
+
+
+def aligned(slots: int) -> int:
+    """The next multiple of 64: attention kernels on a GPU want masks whose length divides by 8."""
+    return -(-slots // 64) * 64
 
 
 def take(features, tokens: int) -> list[torch.Tensor]:
@@ -347,11 +358,10 @@ def decode_turn(rows: Rows, limits: Limits, generator) -> list[tuple[list[int], 
     ids = torch.full((len(rows.order), limits.max_new_tokens), -1, device=device)            # [B, T]
     logps = torch.zeros(ids.shape, device=device)                                            # [B, T]
     active = torch.ones(len(ids), dtype=torch.bool, device=device)
-    batch = torch.arange(len(ids), device=device)                                            # [width], the rows in it
     for t in range(limits.max_new_tokens):
         new, logp = rows.sample(limits.temperature, generator)
-        ids[batch, t] = torch.where(active, new, -1)
-        logps[batch, t] = logp
+        ids[rows.batch, t] = torch.where(active, new, -1)
+        logps[rows.batch, t] = logp
         active = active & (new != rows.policy.im_end)
         if t + 1 == limits.max_new_tokens:
             break
@@ -361,7 +371,7 @@ def decode_turn(rows: Rows, limits: Limits, generator) -> list[tuple[list[int], 
                 break
             if left <= rows.width // 2 and rows.width > NARROW_FROM:
                 places = rows.narrow(active.tolist())
-                new, active, batch = new[places], active[places], batch[places]
+                new, active = new[places], active[places]
         rows.step(new, active)
     ids, logps = ids.tolist(), logps.tolist()
     return [([i for i in row if i >= 0], [p for i, p in zip(row, logp) if i >= 0]) for row, logp in zip(ids, logps)]

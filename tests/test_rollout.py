@@ -1,15 +1,20 @@
 """Rollout: the laws of ids, log-probs and caches, and whole episodes with real tools played from a script."""
 
 import dataclasses
+from argparse import Namespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench_gpu
 import rollout as rollout_module
+from arft import Config
+from conftest import ROOT
 from data import mini
-from grpo import episode_logp
+from grpo import episode_logp, reference_of, update
 from pack import collate
+from policy import load
 from rewards import episode_reward
 from rollout import Clock, Episode, Limits, Rows, begin, rollout
 
@@ -163,7 +168,7 @@ def test_cached_logits_equal_one_full_forward(policy, samples, tools, monkeypatc
 def test_samples_follow_the_distribution(policy):
     """20,000 draws from one hidden state: the frequencies are the probabilities, within four standard errors."""
     rows = Rows(policy, Limits())
-    rows.order, rows.width = list(range(20_000)), 20_000
+    rows._all(20_000)
     hidden = torch.randn(1, policy.model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1))
     rows.last = hidden.expand(20_000, -1)
     with torch.no_grad():
@@ -244,7 +249,7 @@ def test_asking_seldom_who_is_left_changes_nothing(policy, samples, tools, monke
 def test_prompts_prefilled_in_parts_change_nothing(policy, samples, tools, monkeypatch):
     """Two rows at a time, each part with its own images."""
     at_once = sampled(policy, samples(*KINDS), tools)
-    monkeypatch.setattr(rollout_module, "PREFILL_IDS", 2 * max(len(e.ids) for e in at_once))
+    monkeypatch.setattr(rollout_module, "PREFILL_IDS", 2 * max(len(e.ids) for e in begin(policy, samples(*KINDS))))
     calls = []
     forward = Rows._forward
     monkeypatch.setattr(Rows, "_forward", lambda self, rows, ids, *more: (
@@ -301,6 +306,35 @@ def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, to
     for step, width, where in addresses:
         assert by_step.setdefault((step, width), where) == where
     assert len(addresses) > 40
+
+
+def test_bfloat16_samples_and_learns(samples, tools):
+    """As on a GPU, with its rounding: a log-prob is scored within some hundredths of what was sampled, and logged so."""
+    policy = load(str(ROOT / "data" / "tiny"), dtype=torch.bfloat16)
+    episodes = sampled(policy, samples(*KINDS), tools, max_new_tokens=64)
+    before = [weight.clone() for weight in policy.model.parameters()]
+    stats = update(policy, reference_of(policy), episodes, torch.tensor([1.0, -1.0] * 6), torch.optim.AdamW(
+        policy.model.parameters(), lr=1e-3), Config(
+            max_new_tokens=64, inner_epochs=2, minibatches=2, micro_batch=4), torch.Generator())
+    assert 0 < stats["logp_error"] < 0.2, "rounding shows, and is no more than rounding"
+    assert stats["updates"] == 4 and stats["skipped_updates"] == 0 and 0 < stats["entropy"] < 1 and stats["kl"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
+    assert all(weight.dtype == torch.bfloat16 and weight.isfinite().all() for weight in policy.model.parameters())
+
+
+def test_the_benchmarks_episodes_are_sampled_as_ever(capsys):
+    """tests/bench_gpu.py measures the loop above: its episodes' log-probs are those of one forward over their ids."""
+    bench = bench_gpu.make_policy("tiny")
+    args = Namespace(device="cpu", samples=2, group=2, turns=3, tokens=5, side=56, micro_batch=2, generate="on")
+    bench_gpu.report(bench, args)
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("decode", "bandwidth", "generate", "update", "whole step", "MAT-Coding, 200"))
+    assert not bench.barred[bench.im_end]
+    bench.barred[bench.im_end] = True
+    prompts, replies = bench_gpu.make_prompts(bench, args), bench_gpu.observations(bench, args)
+    episodes = bench_gpu.sample_ours(bench, prompts, replies, args, bench_gpu.Meter("cpu"), "on")
+    assert [sum(e.mask) for e in episodes] == [15] * 4 and len(episodes[0].images) == 2
+    assert largest_difference(bench, episodes) < 1e-4
 
 
 # --- whole episodes, from a script ------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ class Policy:
                 raise ValueError(f"{wanted} image place holders but {found} image features")
         if features:
             x = x.masked_scatter(holders[..., None], torch.cat(features).to(x.dtype))
-        if attention is not None and attention.dim() == 4:  # as numbers to add, once and not in each layer
+        if attention is not None and attention.dtype == torch.bool:     # as numbers to add, once and not in each layer
             attention = torch.zeros_like(attention, dtype=x.dtype).masked_fill(~attention, -torch.inf)
         if attention is None or attention.dim() == 4:       # made by hand: transformers makes none of its own
             attention = {"full_attention": attention}

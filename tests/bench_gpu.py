@@ -20,6 +20,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -29,7 +30,6 @@ import torch
 from PIL import Image
 
 import grpo
-from arft import Config
 from bench_shapes import SHAPES, make_policy
 from rollout import Clock, Episode, Limits, Rows, decode_turn
 
@@ -138,8 +138,11 @@ def sample_by_generate(policy, prompts, replies, args) -> None:
 
 
 def train(policy, episodes, args) -> None:
-    """One update with the program's own options, without a reference."""
-    config = Config(max_new_tokens=args.tokens, inner_epochs=1, minibatches=1, micro_batch=args.micro_batch, beta=0.0)
+    """One optimiser step with the program's own options on a GPU, without a reference."""
+    config = SimpleNamespace(
+        inner_epochs=1, minibatches=1, micro_batch=args.micro_batch, micro_batch_tokens=args.micro_batch_tokens, beta=0.0,
+        update="tree", checkpointing="on" if args.device == "cuda" else "off", temperature=1.0, loss_type="grpo",
+        clip_low=0.2, clip_high=0.2, max_sampled=args.turns * args.tokens, max_grad_norm=1.0)
     policy.model.model.visual.requires_grad_(False)
     trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
@@ -205,8 +208,9 @@ def compare_updates(args) -> None:
     except ImportError:
         print("rows against tree: tests/bench_update.py is not here")
         return
-    sys.argv = [bench_update.__file__, "--device", args.device, "--shape", args.shape]
-    bench_update.main()
+    parser = argparse.ArgumentParser()
+    bench_update.add_options(parser)
+    bench_update.bench(parser.parse_args(["--device", args.device, "--shape", args.shape]))
 
 
 def main() -> None:
@@ -215,7 +219,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu" if small else "cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small" if small else "3b")
     for name, (on_cpu, on_gpu) in {"samples": (2, 16), "group": (8, 8), "turns": (3, 3), "tokens": (24, 256),
-                                   "side": (336, 720), "micro_batch": (4, 2)}.items():
+                                   "side": (336, 720), "micro_batch": (4, 2),
+                                   "micro_batch_tokens": (2048, 8192)}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=on_cpu if small else on_gpu)
     parser.add_argument("--generate", choices=("on", "off"), default="on", help="off: leave out the slowest part")
     parser.add_argument("--updates", choices=("on", "off"), default="on", help="off: leave out rows against tree")

@@ -325,7 +325,8 @@ def test_bfloat16_samples_and_learns(samples, tools):
 def test_the_benchmarks_episodes_are_sampled_as_ever(capsys):
     """tests/bench_gpu.py measures the loop above: its episodes' log-probs are those of one forward over their ids."""
     bench = bench_gpu.make_policy("tiny")
-    args = Namespace(device="cpu", samples=2, group=2, turns=3, tokens=5, side=56, micro_batch=2, generate="on")
+    args = Namespace(device="cpu", samples=2, group=2, turns=3, tokens=5, side=56, micro_batch=2,
+                     micro_batch_tokens=512, generate="on")
     bench_gpu.report(bench, args)
     said = capsys.readouterr().out
     assert all(word in said for word in ("decode", "bandwidth", "generate", "update", "whole step", "MAT-Coding, 200"))

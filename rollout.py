@@ -120,6 +120,8 @@ class Clock:
         try:
             yield
         finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()        # what was started in this phase is counted in it
             self.seconds[name] += time.perf_counter() - start
 
 
@@ -239,7 +241,7 @@ class Rows:
         """
         self.ids[:self.width] = ids
         if self.static and self.width not in self.graphs:
-            self.graphs[self.width] = record(self._step)
+            self.graphs[self.width] = record(self._step, self.policy.device)
         (self.graphs[self.width] if self.static else self._step)()
         self.length[:self.width] += active
         self.position[:self.width] += active
@@ -319,28 +321,30 @@ def aligned(slots: int) -> int:
 def take(features, tokens: int) -> list[torch.Tensor]:
     """The next images' features from an iterator, as many as make `tokens` place holders."""
     taken = []
-    while tokens > 0:
-        taken.append(next(features))
-        tokens -= len(taken[-1])
+    while tokens > 0 and (feature := next(features, None)) is not None:     # too few: `hidden` says so
+        taken.append(feature)
+        tokens -= len(feature)
     return taken
 
 
-def record(step):
-    """A function that replays `step` as a CUDA graph; without CUDA `step` itself.
+def record(step, device: torch.device):
+    """A function that replays `step` as a CUDA graph; on a CPU `step` itself.
 
     A graph repeats the kernels with the addresses they had: `step` must read and write tensors that stay, and must
     never ask the device for a value. Run once before, on another stream as PyTorch asks for, so that
     libraries have their workspaces; running it twice does no harm, since it writes the same slots again.
     """
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return step
-    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()
-    torch.cuda.current_stream().wait_stream(aside)
-    with torch.cuda.graph(graph):
-        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            step()
     return graph.replay
 
 

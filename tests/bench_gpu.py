@@ -37,7 +37,7 @@ MAT_ITEMS = 200
 
 
 class Meter(Clock):
-    """A Clock that waits for the device, and keeps each phase's peak of its memory."""
+    """A Clock that also keeps each phase's peak of a GPU's memory."""
 
     def __init__(self, device: str):
         super().__init__()
@@ -50,8 +50,6 @@ class Meter(Clock):
             torch.cuda.reset_peak_memory_stats()
         with self.phase(phase):
             result = function(*arguments)
-            if self.device == "cuda":
-                torch.cuda.synchronize()
         if self.device == "cuda":
             self.peak[phase] = max(self.peak.get(phase, 0.0), torch.cuda.max_memory_allocated() / 2**30)
         return result

@@ -236,3 +236,10 @@ def test_another_architecture_is_refused_by_its_name(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PolicyError, match=f"is a {kind} model; this program is written for qwen2_5_vl"):
         load(str(tmp_path))
+
+
+def test_sliding_windows_are_refused(tmp_path):
+    """The published checkpoints name a window and switch it off; one that switches it on would need other masks."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"use_sliding_window": True, "max_window_layers": 1}))
+    with pytest.raises(PolicyError, match="use_sliding_window"):
+        load(str(tmp_path))

@@ -273,7 +273,7 @@ def test_the_step_that_a_gpu_records_is_the_same_step(policy, samples, tools, mo
     """The static step of the CUDA graph, run without recording: the same episodes; one recording for a width and turn."""
     plain = sampled(policy, samples(*KINDS), tools)
     recorded = []
-    static_rows(monkeypatch, lambda step: (recorded.append(step.__self__.width), step)[1])
+    static_rows(monkeypatch, lambda step, device: (recorded.append(step.__self__.width), step)[1])
     same_episodes(plain, sampled(policy, samples(*KINDS), tools))
     turns = max(len(e.turns) for e in plain)
     assert recorded[0] == 12 and 2 <= len(recorded) < 3 * turns
@@ -291,7 +291,7 @@ class NothingAsked(TorchDispatchMode):
 def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, tools, monkeypatch):
     addresses = []
 
-    def record(step):
+    def record(step, device):
         rows = step.__self__
 
         def watched():

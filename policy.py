@@ -276,7 +276,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
             raise PolicyError(f"{name} is a {config.model_type} model; this program is written for qwen2_5_vl")
         if "sliding_attention" in config.text_config.layer_types:
             raise PolicyError(f"{name} has layers with sliding-window attention, which this program has not; "
-                              "set use_sliding_window to false in its config.json, as the published checkpoints have it")
+                              "set use_sliding_window to false in its config.json, as the published ones have it")
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)

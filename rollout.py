@@ -161,7 +161,8 @@ class Cache:
         """Rows `index`, repeats allowed, in new buffers of `slots` slots; the first `used` are copied. By layer: the
         old buffers of one layer are freed before the next layer's new ones are made."""
         for layer, old in enumerate(self.buffers):
-            self.buffers[layer] = tuple(buffer.new_zeros(len(index), buffer.shape[1], slots, buffer.shape[3]) for buffer in old)
+            self.buffers[layer] = tuple(buffer.new_zeros(len(index), buffer.shape[1], slots, buffer.shape[3])
+                                        for buffer in old)
             for new, buffer in zip(self.buffers[layer], old):
                 new[:, :, :used] = buffer[index, :, :used]
         self.rows, self.slots = len(index), slots
@@ -296,7 +297,7 @@ class Rows:
         self.order, self.width, self.batch = list(range(rows)), rows, torch.arange(rows, device=self.policy.device)
 
     def sample(self, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next id of each row in the batch and its log-prob, [width] and [width]. Temperature 0 takes the likeliest.
+        """The next id of each row in the batch and its log-prob, [width] and [width]. Temperature 0: the likeliest.
 
         Nothing but temperature shapes the distribution, so that the recorded log-prob is that of
         the policy itself (law 2). A greedy id is recorded with its log-prob at temperature 1.

@@ -177,10 +177,12 @@ def report(policy, args) -> None:
     ours, plain = Meter(args.device), Meter(args.device)
     episodes = sample_ours(policy, prompts, replies, args, ours, "on")
     total = sum(ours.seconds.values())
-    print(f"rollout: {rows} episodes of {len(episodes[0].ids)} ids, {sampled} sampled, prompts of {len(prompts[0].ids)}; {total:.2f} s")
+    print(f"rollout: {rows} episodes of {len(episodes[0].ids)} ids, {sampled} sampled, prompts of {len(prompts[0].ids)}; "
+          f"{total:.2f} s")
     print("\n".join(ours.lines()))
     fed, halfway = sum(len(prompt.ids) for prompt in prompts), (len(prompts[0].ids) + len(episodes[0].ids)) / 2
-    print(f"  prefill {fed / ours.seconds['prefill']:.0f} ids a second, decode {sampled / ours.seconds['decode']:.0f} ids a second, "
+    print(f"  prefill {fed / ours.seconds['prefill']:.0f} ids a second, "
+          f"decode {sampled / ours.seconds['decode']:.0f} ids a second, "
           f"{100 * decode_limit(policy, args, halfway) / ours.seconds['decode']:.0f} percent of the bandwidth limit")
     if args.device == "cuda":
         sample_ours(policy, prompts, replies, args, plain, "off")
@@ -196,7 +198,7 @@ def report(policy, args) -> None:
     print("\n".join(["update", *after.lines(), f"whole step: {total + after.seconds['update']:.1f} s"]))
     once = ours.seconds["vision"] + ours.seconds["prefill"]
     minutes = (once * MAT_ITEMS / args.samples + (total - once) * MAT_ITEMS / rows) / 60
-    print(f"MAT-Coding, {MAT_ITEMS} items, greedy: {minutes:.1f} minutes (prompts and turns above, scaled to {MAT_ITEMS}; without tools)")
+    print(f"MAT-Coding, {MAT_ITEMS} items, greedy: {minutes:.1f} minutes (prompts and turns above, scaled; without tools)")
 
 
 def compare_updates(args) -> None:

@@ -83,6 +83,8 @@ class Config:
                                     f"models and MAT's tasks, else {HUB_DATA} or {HUB_QA} from the hub")
     out: str | None = option(None, "run folder, must not exist; default: runs/<task>-<date>-<time>")
     device: str | None = option(None, "cpu or cuda; default: cuda where there is one")
+    dtype: str | None = option(None, "numbers that the model computes in; default: float32 on the CPU, else bfloat16",
+                               ("float32", "bfloat16"))
     threads: int | None = option(None, "of the CPU; 0: torch's own choice; default: 1 for data/tiny (steady beside "
                                        "other programs), else 0")
     seed: int = option(0, "of data order and sampling; the same seed gives the same run (CPU)")
@@ -116,6 +118,7 @@ class Config:
     max_new_tokens: int | None = option(None, "ids in one turn; default: 96 for data/tiny, else 256 (the paper)")
     max_turns: int = option(5, "turns in an episode; paper: 5 (in evaluation)")
     max_length: int = option(4096, "ids in an episode; an observation that does not fit ends it")
+    cuda_graph: str = option("on", "with CUDA, a step of decoding is recorded once and replayed (rollout.py)", ("on", "off"))
     # the tools
     tools: str = option("on", "off: programs do not run, the image stays as it is, nothing is searched (a control)", ("on", "off"))
     sandbox_workers: int = option(2, "programs that run side by side")
@@ -175,7 +178,7 @@ class Config:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.temperature, self.max_new_tokens, self.max_turns, self.max_length)
+        return Limits(self.temperature, self.max_new_tokens, self.max_turns, self.max_length, self.cuda_graph == "on")
 
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
@@ -305,6 +308,8 @@ def complete(config: Config) -> list[str]:
     tiny = TINY if config.task == "mat-coding" else TINY_SEARCH
     if config.device is None:
         config.device, why["device"] = ("cuda", "found") if torch.cuda.is_available() else ("cpu", "no CUDA here")
+    if config.dtype is None:
+        config.dtype = "float32" if config.device == "cpu" else "bfloat16"
     if config.model is None and config.data is None and config.device != "cpu" and config.task.startswith("mat-"):
         try:
             config.model, config.data = fetch(HUB_MODEL, "model"), fetch(HUB_DATA, "dataset")
@@ -735,7 +740,7 @@ def start(config: Config) -> int:
     training = [] if config.eval_only else training_samples(config)
     search = choose_search(config) if config.tools == "on" else None
     similarity, similarity_name = choose_similarity(config)
-    policy = load(config.model, config.device, torch.float32 if config.device == "cpu" else torch.bfloat16)
+    policy = load(config.model, config.device, getattr(torch, config.dtype))
     policy.system_prompt = choose_prompt(config, policy)
     origin = resume.fingerprint(policy.model, policy.system_prompt, [*held_out, *training])
     origin["similarity"] = similarity_name

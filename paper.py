@@ -177,7 +177,7 @@ def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1, limit
     episodes = [Episode(sample, view=view) for sample, view in zip(samples, views) for _ in range(group_size)]
     live, alike = episodes, group_size      # that many neighbours begin with the same message
     while live := [episode for episode in live if restart(policy, episode, inputs, limits)]:
-        rows, asked = Rows(policy), live[::alike]
+        rows, asked = Rows(policy, limits), live[::alike]
         with clock.phase("vision"):
             features = policy.features([image for episode in asked for image in episode.images])
         with clock.phase("prefill"):

@@ -114,10 +114,11 @@ class Policy:
 
     def message_ids(self, role: str, text: str, images: list[ImageInput] = ()) -> list[int]:
         """One message in Qwen's chat format, images first, as the checkpoint's chat template would write it."""
-        ids = [self.im_start, *self.text_ids(role + "\n")]
+        blank = "" if images else re.match(r"(\s*[\r\n])?", text)[0]     # line breaks in a row are one token of Qwen's
+        ids = [self.im_start, *self.text_ids(role + "\n" + blank)]
         for image in images:
             ids += [self.vision_start, *[self.image_pad] * self.image_tokens(image), self.vision_end]
-        return [*ids, *self.text_ids(text), self.im_end, *self.text_ids("\n")]
+        return [*ids, *self.text_ids(text[len(blank):]), self.im_end, *self.text_ids("\n")]
 
     def prompt_ids(self, question: str, images: list[ImageInput]) -> list[int]:
         """System prompt, question with its images, and the opening of the model's first turn."""
@@ -197,17 +198,25 @@ class Policy:
     def hidden(self, ids, positions, attention, features, cache=None) -> torch.Tensor:
         """One forward pass of the language model. Returns the last hidden states [B, T, D].
 
-        ids [B, T]; positions [3, B, T]; attention [B, T + cached], 1 where there is an id, 0 on padding;
-        features: the images' features in reading order of the batch (row by row);
-        cache: a transformers DynamicCache that this pass reads and extends.
+        ids [B, T]; positions [3, B, T];
+        attention: [B, T], 1 where there is an id, 0 on padding; or [B, 1, T, S], true where one of the T ids sees one
+        of the S keys; or None: every id sees itself and all before it;
+        features: the images' features in reading order of the batch (row by row); None: the ids were sampled, so that
+        no place holder is among them (a GPU is not asked, which would make it wait);
+        cache: has `update`, which the layers call with their keys and values (rollout.Cache).
         """
         x = self.model.get_input_embeddings()(ids)                                       # [B, T, D]
-        holders = ids == self.image_pad
-        found = sum(len(f) for f in features)
-        if found != int(holders.sum()):
-            raise ValueError(f"{int(holders.sum())} image place holders but {found} image features")
+        if features is not None:
+            holders = ids == self.image_pad
+            found, wanted = sum(len(f) for f in features), int(holders.sum())
+            if found != wanted:
+                raise ValueError(f"{wanted} image place holders but {found} image features")
         if features:
             x = x.masked_scatter(holders[..., None], torch.cat(features).to(x.dtype))
+        if attention is not None and attention.dtype == torch.bool:     # as numbers to add, once and not in each layer
+            attention = torch.zeros_like(attention, dtype=x.dtype).masked_fill(~attention, -torch.inf)
+        if attention is None or attention.dim() == 4:       # made by hand: transformers makes none of its own
+            attention = {"full_attention": attention}
         return self.model.model.language_model(
             inputs_embeds=x, position_ids=positions, attention_mask=attention,
             past_key_values=cache, use_cache=cache is not None).last_hidden_state
@@ -265,6 +274,9 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
             raise PolicyError(f"{name} is a {config.model_type} model; this program is written for qwen2_5_vl")
+        if "sliding_attention" in config.text_config.layer_types:
+            raise PolicyError(f"{name} has layers with sliding-window attention, which this program has not; "
+                              "set use_sliding_window to false in its config.json, as the published ones have it")
         model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -8,13 +8,20 @@ its log-probability and every image stay exactly what they were. There is no
     rows   --decode a turn--> ids, log-probs --parse--> Action
     Action --tools--> observation (text, image) --appended with mask 0, prefilled--> next turn
 
-One key-value cache lives through all turns. Rows have different lengths: each
-piece is padded on the right, and what is padding is a hole in the attention mask
-for ever after. Only the new piece is computed; nothing is prefilled twice.
+One key-value cache lives through all turns, in buffers that are written in place.
+Rows have different lengths: each row's ids fill its slots from the first on, and
+attention ends where the row ends. Only the new piece is computed; nothing is
+prefilled twice. During a turn, rows that have ended it wait outside the batch.
 
-Read next: rewards.py, then grpo.py. Left out: continuous batching, speculative decoding.
+On a GPU a step of decoding is many small kernels, and starting them one by one takes
+longer than running them; a step whose tensors stay where they are is therefore
+recorded once, as a CUDA graph, and replayed. (The step itself runs in the tests; the
+recording needs CUDA and has not been run yet.)
 
-Dimensions: B rows in the batch, T tokens, D hidden size, G episodes of one sample.
+Read next: rewards.py, then grpo.py. Left out: continuous batching, speculative decoding; tools that run while other
+rows still write (the sandbox takes programs by the batch, and a turn's programs take a tenth of its decoding).
+
+Dimensions: B rows in the batch, T tokens, S slots of the cache, D hidden size, V vocabulary, G episodes of one sample.
 """
 
 import time
@@ -24,7 +31,6 @@ from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
-from transformers import DynamicCache
 
 from data.mat import Sample
 from policy import ImageInput, Policy
@@ -99,6 +105,7 @@ class Limits:
     max_new_tokens: int = 256     # ids in one turn
     max_turns: int = 5
     max_length: int = 4096        # ids in the whole episode; an observation that does not fit ends it
+    cuda_graph: bool = True       # with CUDA, steps of decoding are recorded and replayed
 
 
 class Clock:
@@ -113,21 +120,73 @@ class Clock:
         try:
             yield
         finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()        # what was started in this phase is counted in it
             self.seconds[name] += time.perf_counter() - start
 
 
 # --- the batch that is being written --------------------------------------------------------------
 
+PREFILL_IDS = 32_768                    # ids in one forward pass of `Rows.feed`, padding included: bounds its memory
+ASK_EVERY = {"cpu": 1, "cuda": 8}       # steps between two looks at who is left: asking a GPU makes it wait
+NARROW_FROM = 8                         # rows: a smaller batch is not worth making narrower
+
+
+class Cache:
+    """Keys and values: for each layer two buffers [B, heads, S, size of a head] that are written in place.
+
+    What lies behind a row's last id is zero or out of date; the attention mask hides it. Each attention layer of the
+    model calls `update`; `aim` says beforehand where.
+    """
+
+    def __init__(self, rows: int, slots: int):
+        self.rows, self.slots = rows, slots
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []      # keys and values of each layer
+
+    def aim(self, rows: slice, slots: torch.Tensor, seen: int) -> None:
+        """The next forward pass is of these rows, writes these slots [b, T] and sees the first `seen` slots."""
+        self.at, self.slots_written, self.seen = rows, slots, seen
+        self.each = torch.arange(len(slots), device=slots.device)[:, None]                   # [b, 1]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> list[torch.Tensor]:
+        """Stores a layer's new keys and values, [b, heads, T, size]. Returns all that may be seen, likewise."""
+        if layer == len(self.buffers):
+            _, heads, _, size = keys.shape
+            self.buffers.append(tuple(new.new_zeros(self.rows, heads, self.slots, size) for new in (keys, values)))
+        for buffer, new in zip(self.buffers[layer], (keys, values)):
+            buffer[self.at][self.each, :, self.slots_written] = new.transpose(1, 2)          # [b, T, heads, size]
+        return [buffer[self.at, :, :self.seen] for buffer in self.buffers[layer]]
+
+    def arrange(self, index: torch.Tensor, slots: int, used: int) -> None:
+        """Rows `index`, repeats allowed, in new buffers of `slots` slots; the first `used` are copied. By layer: the
+        old buffers of one layer are freed before the next layer's new ones are made."""
+        for layer, old in enumerate(self.buffers):
+            self.buffers[layer] = tuple(buffer.new_zeros(len(index), buffer.shape[1], slots, buffer.shape[3])
+                                        for buffer in old)
+            for new, buffer in zip(self.buffers[layer], old):
+                new[:, :, :used] = buffer[index, :, :used]
+        self.rows, self.slots = len(index), slots
+
 
 class Rows:
-    """B rows with one key-value cache. `feed` a piece to each row, `sample` the next id of each."""
+    """B rows with one key-value cache. `feed` a piece to each row, `sample` the next id of each, `step` it in.
 
-    def __init__(self, policy: Policy):
-        self.policy = policy
-        self.cache = DynamicCache(config=policy.model.config.text_config)
-        self.attention = None       # [B, cached], 1 where the row has an id, 0 in its holes
+    Within a turn, rows that have ended it go to the back (`narrow`) and only the first `width` places are computed;
+    `order` says which row lies at each place.
+    """
+
+    def __init__(self, policy: Policy, limits: Limits):
+        self.policy, self.room = policy, limits.max_new_tokens
+        self.static = limits.cuda_graph and policy.device.type == "cuda"    # steps of one shape, recorded
+        self.graphs = {}            # by width: replays one step
+        self.cache = None
+        self.order, self.width = [], 0
+        self.batch = None           # [width], order[:width] on the device: the rows that lie in the batch
+        self.longest = 0            # no row has more ids in the cache
+        self.length = None          # [B], each row's ids in the cache
         self.position = None        # [B], the next text position of each row
         self.last = None            # [B, D], hidden state of each row's newest id
+        self.ids = None             # [B], what `step` writes
 
     def feed(self, pieces: list[list[int]], positions: list[torch.Tensor], features: list[torch.Tensor]) -> None:
         """Adds one piece of ids to each row and computes its keys, values and last hidden state.
@@ -136,52 +195,158 @@ class Rows:
         features: of the images in the pieces, row by row.
         """
         device, length = self.policy.device, max(len(piece) for piece in pieces)
-        pad = self.policy.im_end                    # any id does: attention hides it
+        self._make_room(len(pieces), length)
+        pad = self.policy.im_end                    # any id does: what comes next is written over it
         ids = torch.tensor([piece + [pad] * (length - len(piece)) for piece in pieces], device=device)   # [B, T]
-        where = torch.stack([torch.nn.functional.pad(p, (0, length - p.shape[1])) for p in positions], dim=1)
+        where = torch.stack([torch.nn.functional.pad(p, (0, length - p.shape[1])) for p in positions], dim=1).to(device)
         sizes = torch.tensor([len(piece) for piece in pieces], device=device)                            # [B]
-        self._forward(ids, where.to(device), (torch.arange(length, device=device) < sizes[:, None]).long(),
-                      features, sizes - 1)
-        self.position = torch.tensor([int(p.max()) + 1 for p in positions], device=device)
+        slots = self.length[:, None] + torch.arange(length, device=device)                               # [B, T]
+        features, at_once = iter(features), max(1, PREFILL_IDS // length)
+        for start in range(0, len(pieces), at_once):
+            rows = slice(start, start + at_once)
+            holders = sum(piece.count(self.policy.image_pad) for piece in pieces[rows])
+            hidden = self._forward(rows, ids[rows], where[:, rows], slots[rows], self.longest + length,
+                                   take(features, holders))                                              # [b, T, D]
+            newest = hidden[torch.arange(len(hidden), device=device), sizes[rows] - 1]
+            self.last = newest.new_zeros(len(pieces), newest.shape[1]) if self.last is None else self.last
+            self.last[rows] = newest
+        self.length += sizes
+        self.longest += length
+        self.position[:] = torch.tensor([int(p.max()) + 1 for p in positions], device=device)
+
+    def _make_room(self, rows: int, length: int) -> None:
+        """Slots for a piece of `length` ids and for the turn after it."""
+        if self.cache is None:
+            self.cache = Cache(rows, aligned(length + self.room))
+            self.length, self.position, self.ids = torch.zeros(3, rows, dtype=torch.long, device=self.policy.device)
+            self._all(rows)
+            return
+        self.longest = int(self.length.max())
+        slots = aligned(self.longest + length + self.room)
+        if slots > self.cache.slots or self.width < rows:
+            self._arrange([self.order.index(row) for row in range(rows)], slots)
+
+    def _forward(self, rows: slice, ids, positions, slots, seen: int, features) -> torch.Tensor:
+        """ids [b, T] of some rows into their slots [b, T]; an id sees the slots of its row up to its own. [b, T, D]"""
+        if seen == ids.shape[1]:
+            visible = None              # a first piece: causal attention, which needs no mask
+        else:
+            visible = (torch.arange(seen, device=ids.device) <= slots[..., None])[:, None]      # [b, 1, T, S]
+        self.cache.aim(rows, slots, seen)
+        return self.policy.hidden(ids, positions, visible, features, self.cache)
 
     def step(self, ids: torch.Tensor, active: torch.Tensor) -> None:
-        """Adds one sampled text id to each active row; the others get a hole. ids, active: [B]."""
-        where = self.position[None, :, None].expand(3, -1, 1)
-        self._forward(ids[:, None], where, active.long()[:, None], [], torch.zeros_like(ids))
-        self.position = self.position + active.long()
+        """Adds one sampled text id to each active row in the batch. ids, active: [width].
 
-    def _forward(self, ids, positions, new_attention, features, newest):
-        self.attention = (new_attention if self.attention is None
-                          else torch.cat([self.attention, new_attention], dim=1))
-        hidden = self.policy.hidden(ids, positions, self.attention, features, self.cache)    # [B, T, D]
-        self.last = hidden[torch.arange(len(ids), device=ids.device), newest]                # [B, D]
+        The others compute, too, into the slot that their next piece will fill.
+        """
+        self.ids[:self.width] = ids
+        if self.static and self.width not in self.graphs:
+            self.graphs[self.width] = record(self._step, self.policy.device)
+        (self.graphs[self.width] if self.static else self._step)()
+        self.length[:self.width] += active
+        self.position[:self.width] += active
+        self.longest += 1
+
+    def _step(self) -> None:
+        """One step on tensors that stay where they are; asks the device for nothing, so that it can be recorded."""
+        rows = slice(0, self.width)
+        seen = self.cache.slots if self.static else self.longest + 1
+        hidden = self._forward(rows, self.ids[rows, None], self.position[None, rows, None].expand(3, -1, -1),
+                               self.length[rows, None], seen, None)                              # [width, 1, D]
+        self.last[rows] = hidden[:, 0]
+
+    def narrow(self, active: list[bool]) -> torch.Tensor:
+        """The active rows come to the front and the others leave the batch. Returns the places they came from, [width].
+
+        They change places with rows that have ended their turn: at most half of the batch is copied.
+        """
+        width, places = sum(active), list(range(len(active)))
+        leaving = [place for place in range(width) if not active[place]]
+        coming = [place for place in range(width, len(active)) if active[place]]
+        for a, b in zip(leaving, coming):
+            places[a], places[b] = places[b], places[a]
+            self.order[a], self.order[b] = self.order[b], self.order[a]
+        device = self.policy.device
+        here, there = torch.tensor(leaving + coming, device=device), torch.tensor(coming + leaving, device=device)
+        for tensor in (self.length, self.position, self.last):
+            tensor[here] = tensor[there]
+        for buffer in (buffer for layer in self.cache.buffers for buffer in layer):
+            buffer[here, :, :self.longest] = buffer[there, :, :self.longest]
+        self.width, self.batch = width, torch.tensor(self.order[:width], device=device)
+        return torch.tensor(places[:width], device=device)
 
     def repeat(self, times: int) -> None:
         """Each row becomes `times` consecutive rows: the prompt is prefilled once for its whole group."""
-        self.cache.batch_repeat_interleave(times)
-        self.attention = self.attention.repeat_interleave(times, dim=0)
-        self.position = self.position.repeat_interleave(times)
-        self.last = self.last.repeat_interleave(times, dim=0)
+        self._arrange([place for place in range(len(self.order)) for _ in range(times)], self.cache.slots)
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all other rows: finished episodes leave the batch."""
-        index = torch.tensor(rows, device=self.policy.device)
-        self.cache.batch_select_indices(index)
-        self.attention, self.position, self.last = self.attention[index], self.position[index], self.last[index]
+        """Drops all other rows: finished episodes leave for good."""
+        self._arrange([self.order.index(row) for row in rows], self.cache.slots)
+
+    def _arrange(self, places: list[int], slots: int) -> None:
+        index = torch.tensor(places, device=self.policy.device)
+        self.cache.arrange(index, slots, self.longest)
+        self.length, self.position, self.last, self.ids = (
+            tensor[index] for tensor in (self.length, self.position, self.last, self.ids))
+        self.graphs = {}            # they know the old buffers
+        self._all(len(places))
+
+    def _all(self, rows: int) -> None:
+        """Every row is in the batch, in order."""
+        self.order, self.width, self.batch = list(range(rows)), rows, torch.arange(rows, device=self.policy.device)
 
     def sample(self, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next id of each row and its log-prob, [B] and [B]. Temperature 0 takes the likeliest id.
+        """The next id of each row in the batch and its log-prob, [width] and [width]. Temperature 0: the likeliest.
 
         Nothing but temperature shapes the distribution, so that the recorded log-prob is that of
         the policy itself (law 2). A greedy id is recorded with its log-prob at temperature 1.
         """
-        log_probs = self.policy.log_probs(self.last, temperature or 1.0)                     # [B, V]
+        log_probs = self.policy.log_probs(self.last[:self.width], temperature or 1.0)        # [width, V]
         if temperature > 0:     # of independent exponential waiting times with rates p, the first is i with chance p_i
-            waiting = torch.empty_like(log_probs).exponential_(generator=generator) / log_probs.exp()
-            ids = waiting.argmin(dim=-1)                                                     # [B]
+            # drawn for all rows, so that an episode does not depend on when others leave the batch
+            waiting = log_probs.new_empty(len(self.order), log_probs.shape[1]).exponential_(generator=generator)
+            if self.width < len(self.order):
+                waiting = waiting[self.batch]
+            ids = (waiting / log_probs.exp()).argmin(dim=-1)                                 # [width]
         else:
             ids = log_probs.argmax(dim=-1)
         return ids, log_probs.gather(1, ids[:, None])[:, 0]
+
+
+def aligned(slots: int) -> int:
+    """The next multiple of 64: attention kernels on a GPU want masks whose length divides by 8."""
+    return -(-slots // 64) * 64
+
+
+def take(features, tokens: int) -> list[torch.Tensor]:
+    """The next images' features from an iterator, as many as make `tokens` place holders."""
+    taken = []
+    while tokens > 0 and (feature := next(features, None)) is not None:     # too few: `hidden` says so
+        taken.append(feature)
+        tokens -= len(feature)
+    return taken
+
+
+def record(step, device: torch.device):
+    """A function that replays `step` as a CUDA graph; on a CPU `step` itself.
+
+    A graph repeats the kernels with the addresses they had: `step` must read and write tensors that stay, and must
+    never ask the device for a value. Run once before, on another stream as PyTorch asks for, so that
+    libraries have their workspaces; running it twice does no harm, since it writes the same slots again.
+    """
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.graph(graph):
+            step()
+    return graph.replay
 
 
 # --- one turn ----------------------------------------------------------------------------------
@@ -194,17 +359,26 @@ def decode_turn(rows: Rows, limits: Limits, generator) -> list[tuple[list[int], 
     max_new_tokens without it is cut off. The last id of a row is not yet in the cache; it goes
     there together with the observation.
     """
-    ids, logps, active = [], [], None
-    for _ in range(limits.max_new_tokens):
+    device = rows.policy.device
+    ids = torch.full((len(rows.order), limits.max_new_tokens), -1, device=device)            # [B, T]
+    logps = torch.zeros(ids.shape, device=device)                                            # [B, T]
+    active = torch.ones(len(ids), dtype=torch.bool, device=device)
+    for t in range(limits.max_new_tokens):
         new, logp = rows.sample(limits.temperature, generator)
-        active = torch.ones_like(new, dtype=torch.bool) if active is None else active
-        ids.append(torch.where(active, new, -1))
-        logps.append(logp)
+        ids[rows.batch, t] = torch.where(active, new, -1)
+        logps[rows.batch, t] = logp
         active = active & (new != rows.policy.im_end)
-        if len(ids) == limits.max_new_tokens or not active.any():
+        if t + 1 == limits.max_new_tokens:
             break
+        if t % ASK_EVERY[device.type] == 0:
+            left = int(active.sum())
+            if left == 0:
+                break
+            if left <= rows.width // 2 and rows.width > NARROW_FROM:
+                places = rows.narrow(active.tolist())
+                new, active = new[places], active[places]
         rows.step(new, active)
-    ids, logps = torch.stack(ids, 1).tolist(), torch.stack(logps, 1).tolist()                # [B, T]
+    ids, logps = ids.tolist(), logps.tolist()
     return [([i for i in row if i >= 0], [p for i, p in zip(row, logp) if i >= 0]) for row, logp in zip(ids, logps)]
 
 
@@ -289,7 +463,7 @@ def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1, limit
     with clock.phase("vision"):
         prompts = begin(policy, samples)
         features = policy.features([image for episode in prompts for image in episode.images])
-    rows = Rows(policy)
+    rows = Rows(policy, limits)
     with clock.phase("prefill"):
         rows.feed([e.ids for e in prompts], [policy.positions(e.ids, e.images) for e in prompts], features)
         rows.repeat(group_size)

@@ -87,6 +87,18 @@ def test_positions_and_logits_equal_transformers(policy):
     torch.testing.assert_close(policy.model.lm_head(hidden), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_by_padding_by_hand_or_causal_is_the_same(policy):
+    """A conversation of 30 ids beside one of 30 that is all there: the three ways to say what an id sees agree."""
+    ids = torch.tensor([policy.text_ids("Turn the image, then read the number that is on the sign. " * 3)[:30]] * 2)
+    where = torch.arange(30).expand(3, 2, -1)
+    with torch.no_grad():
+        by_padding = policy.hidden(ids, where, torch.ones_like(ids), [])
+        causal = policy.hidden(ids, where, None, None)
+        by_hand = policy.hidden(ids, where, torch.ones(2, 1, 30, 30, dtype=torch.bool).tril(), [])
+    torch.testing.assert_close(causal, by_padding, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_hand, by_padding, atol=1e-5, rtol=1e-5)
+
+
 def test_place_holders_and_images_must_match(policy):
     image = policy.image_input(photograph(112, 112))
     ids = policy.prompt_ids("?", [image])

@@ -1,14 +1,20 @@
 """Rollout: the laws of ids, log-probs and caches, and whole episodes with real tools played from a script."""
 
 import dataclasses
+from argparse import Namespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench_gpu
 import rollout as rollout_module
+from arft import Config
+from conftest import ROOT
 from data import mini
-from grpo import episode_logp
+from grpo import episode_logp, reference_of, update
 from pack import collate
+from policy import load
 from rewards import episode_reward
 from rollout import Clock, Episode, Limits, Rows, begin, rollout
 
@@ -109,12 +115,13 @@ def break_positions(monkeypatch, policy):
 
 
 def break_mask(monkeypatch, policy):
-    """Padding between the turns is attended to."""
-    original = Rows._forward
+    """What lies behind a row's own ids in the cache is attended to."""
+    true = type(policy).hidden
 
-    def forward(self, ids, positions, new_attention, features, newest):
-        original(self, ids, positions, torch.ones_like(new_attention), features, newest)
-    monkeypatch.setattr(Rows, "_forward", forward)
+    def hidden(ids, positions, attention, features, cache=None):
+        by_hand = attention is not None and attention.dim() == 4
+        return true(policy, ids, positions, torch.ones_like(attention) if by_hand else attention, features, cache)
+    monkeypatch.setattr(policy, "hidden", hidden)
 
 
 def break_cache(monkeypatch, policy):
@@ -144,7 +151,7 @@ def test_cached_logits_equal_one_full_forward(policy, samples, tools, monkeypatc
 
     def feed(self, pieces, positions, features):
         original(self, pieces, positions, features)
-        states.append(self.last)
+        states.append(self.last.clone())
     monkeypatch.setattr(Rows, "feed", feed)
     episodes = sampled(policy, samples(("dark",)), tools, group_size=1, seed=2)
     assert len(states) >= 2
@@ -160,7 +167,8 @@ def test_cached_logits_equal_one_full_forward(policy, samples, tools, monkeypatc
 
 def test_samples_follow_the_distribution(policy):
     """20,000 draws from one hidden state: the frequencies are the probabilities, within four standard errors."""
-    rows = Rows(policy)
+    rows = Rows(policy, Limits())
+    rows._all(20_000)
     hidden = torch.randn(1, policy.model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1))
     rows.last = hidden.expand(20_000, -1)
     with torch.no_grad():
@@ -195,6 +203,146 @@ def test_barred_ids_are_never_sampled(policy, samples, tools):
     eager = Eager(policy.model, policy.tokenizer, policy.image_processor, policy.system_prompt)
     for episode in sampled(eager, samples(("dark",)), tools, max_new_tokens=10):
         assert not set(i for i, m in zip(episode.ids, episode.mask) if m) & {policy.image_pad, policy.im_start}
+
+
+# --- the batch: written in place, narrowed, recorded -----------------------------------------------------------
+
+
+def same_episodes(first, second):
+    assert [e.ids for e in first] == [e.ids for e in second]
+    torch.testing.assert_close([p for e in first for p in e.logp], [p for e in second for p in e.logp], atol=1e-4, rtol=0)
+
+
+def test_a_rows_ids_fill_its_slots_without_holes(policy, samples, tools, monkeypatch):
+    """Whenever a piece has been fed, each row has exactly its episode's ids in the cache, however ragged the turns were."""
+    lengths, expected = [], []
+    feed, positions = Rows.feed, type(policy).positions
+    monkeypatch.setattr(Rows, "feed", lambda self, *arguments: (feed(self, *arguments), lengths.append(self.length.tolist())))
+    monkeypatch.setattr(policy, "positions", lambda ids, images: (expected.append(len(ids)), positions(policy, ids, images))[1])
+    sampled(policy, samples(*KINDS), tools)
+    assert len(lengths) > 2 and len(set(lengths[-1])) > 1
+    assert [n for fed in lengths for n in fed] == expected
+
+
+def test_rows_that_leave_during_a_turn_change_nothing(policy, samples, tools, monkeypatch):
+    """Narrowed at every chance or never, the same seed samples the same ids: the draws are made for all rows."""
+    widths = []
+    step = Rows.step
+    monkeypatch.setattr(Rows, "step", lambda self, ids, active: (widths.append(len(ids)), step(self, ids, active))[1])
+    monkeypatch.setattr(rollout_module, "NARROW_FROM", 1)
+    narrowed = sampled(policy, samples(*KINDS), tools)
+    assert len(set(widths)) > 3 and min(widths) == 1
+    widths.clear()
+    monkeypatch.setattr(rollout_module, "NARROW_FROM", 10**9)
+    whole = sampled(policy, samples(*KINDS), tools)
+    assert widths[0] == 12 and narrowed[0].ids
+    same_episodes(narrowed, whole)
+
+
+def test_asking_seldom_who_is_left_changes_nothing(policy, samples, tools, monkeypatch):
+    """As on a GPU: up to seven steps for nobody at the end of a turn. (Greedy: the draws would differ.)"""
+    often = sampled(policy, samples(*KINDS), tools, temperature=0.0)
+    monkeypatch.setitem(rollout_module.ASK_EVERY, "cpu", 8)
+    same_episodes(often, sampled(policy, samples(*KINDS), tools, temperature=0.0))
+
+
+def test_prompts_prefilled_in_parts_change_nothing(policy, samples, tools, monkeypatch):
+    """Two rows at a time, each part with its own images."""
+    at_once = sampled(policy, samples(*KINDS), tools)
+    monkeypatch.setattr(rollout_module, "PREFILL_IDS", 2 * max(len(e.ids) for e in begin(policy, samples(*KINDS))))
+    calls = []
+    forward = Rows._forward
+    monkeypatch.setattr(Rows, "_forward", lambda self, rows, ids, *more: (
+        calls.append(ids.shape), forward(self, rows, ids, *more))[1])
+    same_episodes(at_once, sampled(policy, samples(*KINDS), tools))
+    assert [b for b, length in calls if length > 1][:2] == [2, 1]
+
+
+def static_rows(monkeypatch, record):
+    """Makes rows decode as on a GPU, each new step going through `record`."""
+    start = Rows.__init__
+
+    def init(self, *arguments):
+        start(self, *arguments)
+        self.static = True
+    monkeypatch.setattr(Rows, "__init__", init)
+    monkeypatch.setattr(rollout_module, "record", record)
+
+
+def test_the_step_that_a_gpu_records_is_the_same_step(policy, samples, tools, monkeypatch):
+    """The static step of the CUDA graph, run without recording: the same episodes; one recording for a width and turn."""
+    plain = sampled(policy, samples(*KINDS), tools)
+    recorded = []
+    static_rows(monkeypatch, lambda step, device: (recorded.append(step.__self__.width), step)[1])
+    same_episodes(plain, sampled(policy, samples(*KINDS), tools))
+    turns = max(len(e.turns) for e in plain)
+    assert recorded[0] == 12 and 2 <= len(recorded) < 3 * turns
+
+
+class NothingAsked(TorchDispatchMode):
+    """Fails on what a CUDA graph cannot hold: a value read by the program, a tensor made from the program's numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()      # some are called otherwise in inference mode
+        asking = ("local_scalar", "lift_fresh", "masked_select", "is_nonzero", "::nonzero", "::item", "resolve_conj")
+        assert not any(word in name for word in asking), name
+        chosen = [i for i in (args[1] if name == "aten::index.Tensor" else []) if i is not None]
+        assert all(i.dtype != torch.bool for i in chosen), "how many a mask chooses is a value, too"
+        return function(*args, **kwargs or {})
+
+
+def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, tools, monkeypatch):
+    """Whenever a recording is replayed, its tensors are where they were and as wide; all slots are in its attention."""
+    recorded, replayed = [], []
+
+    def record(step, device):
+        rows, number = step.__self__, len(recorded)
+
+        def state():
+            tensors = [rows.ids, rows.length, rows.position, rows.last, *(b for pair in rows.cache.buffers for b in pair)]
+            return rows.width, rows.cache.slots, [tensor.data_ptr() for tensor in tensors]
+
+        def replay():
+            assert state() == recorded[number]
+            with NothingAsked():
+                step()
+            assert rows.cache.seen == rows.cache.slots
+            replayed.append(number)
+        recorded.append(state())
+        return replay
+    static_rows(monkeypatch, record)
+    sampled(policy, samples(*KINDS), tools)
+    assert len(replayed) > 40 and len(set(replayed)) == len(recorded) > 3
+
+
+def test_bfloat16_samples_and_learns(samples, tools):
+    """As on a GPU, with its rounding: a log-prob is scored within some hundredths of what was sampled, and logged so."""
+    policy = load(str(ROOT / "data" / "tiny"), dtype=torch.bfloat16)
+    episodes = sampled(policy, samples(*KINDS), tools, max_new_tokens=64)
+    before = [weight.clone() for weight in policy.model.parameters()]
+    stats = update(policy, reference_of(policy), episodes, torch.tensor([1.0, -1.0] * 6), torch.optim.AdamW(
+        policy.model.parameters(), lr=1e-3), Config(
+            max_new_tokens=64, inner_epochs=2, minibatches=2, micro_batch_tokens=1024, update="rows", checkpointing="off"), torch.Generator())
+    assert 0 < stats["logp_error"] < 0.2, "rounding shows, and is no more than rounding"
+    assert stats["updates"] == 4 and stats["skipped_updates"] == 0 and 0 < stats["entropy"] < 1 and stats["kl"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
+    assert all(weight.dtype == torch.bfloat16 and weight.isfinite().all() for weight in policy.model.parameters())
+
+
+def test_the_benchmarks_episodes_are_sampled_as_ever(capsys):
+    """tests/bench_gpu.py measures the loop above: its episodes' log-probs are those of one forward over their ids."""
+    bench = bench_gpu.make_policy("tiny")
+    args = Namespace(device="cpu", samples=2, group=2, turns=3, tokens=5, side=56, micro_batch=2,
+                     micro_batch_tokens=512, generate="on")
+    bench_gpu.report(bench, args)
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("decode", "bandwidth", "generate", "update", "whole step", "MAT-Coding, 200"))
+    assert not bench.barred[bench.im_end]
+    bench.barred[bench.im_end] = True
+    prompts, replies = bench_gpu.make_prompts(bench, args), bench_gpu.observations(bench, args)
+    episodes = bench_gpu.sample_ours(bench, prompts, replies, args, bench_gpu.Meter("cpu"), "on")
+    assert [sum(e.mask) for e in episodes] == [15] * 4 and len(episodes[0].images) == 2
+    assert largest_difference(bench, episodes) < 1e-4
 
 
 # --- whole episodes, from a script ------------------------------------------------------------------------------

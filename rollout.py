@@ -268,7 +268,8 @@ class Rows:
             places[a], places[b] = places[b], places[a]
             self.order[a], self.order[b] = self.order[b], self.order[a]
         device = self.policy.device
-        here, there = torch.tensor(leaving + coming, device=device), torch.tensor(coming + leaving, device=device)
+        here, there = (torch.tensor(moved, dtype=torch.long, device=device)      # long: both may be empty
+                       for moved in (leaving + coming, coming + leaving))
         for tensor in (self.length, self.position, self.last):
             tensor[here] = tensor[there]
         for buffer in (buffer for layer in self.cache.buffers for buffer in layer):

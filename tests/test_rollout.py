@@ -239,6 +239,21 @@ def test_rows_that_leave_during_a_turn_change_nothing(policy, samples, tools, mo
     same_episodes(narrowed, whole)
 
 
+@pytest.mark.parametrize("active", ["1100", "0011", "0101", "1000", "0001"])
+def test_whoever_is_left_comes_to_the_front(policy, samples, active):
+    """Those that are there already, none of which has to move, too."""
+    rows = Rows(policy, Limits(max_new_tokens=8))
+    begun = begin(policy, samples(("dark",)))
+    rows.feed([e.ids for e in begun], [policy.positions(e.ids, e.images) for e in begun],
+              policy.features([image for e in begun for image in e.images]))
+    rows.repeat(4)
+    rows.last += torch.arange(4.0)[:, None]                 # to tell the rows from each other
+    before, left = rows.last.clone(), [i for i, on in enumerate(active) if on == "1"]
+    places = rows.narrow([on == "1" for on in active])
+    assert sorted(places.tolist()) == left == sorted(rows.batch.tolist())
+    torch.testing.assert_close(rows.last[:len(left)], before[rows.batch])
+
+
 def test_asking_seldom_who_is_left_changes_nothing(policy, samples, tools, monkeypatch):
     """As on a GPU: up to seven steps for nobody at the end of a turn. (Greedy: the draws would differ.)"""
     often = sampled(policy, samples(*KINDS), tools, temperature=0.0)

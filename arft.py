@@ -15,7 +15,7 @@ records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and i
 the same code with another model folder and another data folder is the real thing.
 
 Read next: policy.py, rollout.py, tools.py, rewards.py, pack.py, grpo.py, in this order; paper.py last.
-Left out: several GPUs; LoRA; a resumed run (checkpoint/ has what it will need).
+Left out: several GPUs; a resumed run (checkpoint/ has what it will need).
 """
 
 import argparse
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import grpo
 import paper
 from data import mat, mini, mini_search
-from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, check_name, load
+from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
 from record import HEADER, Run, score_row, table
 from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
                      score_predictions, step_reward, summarize)
@@ -83,8 +83,9 @@ class Config:
                                              "trained with, else our own")
     protocol: str = option("episodes", "episodes: several turns, tools in the loop; paper: one growing message, training "
                                        "on single steps (paper.py)", ("episodes", "paper"))
-    # instead of a run; none of these loads a model
+    # instead of a run; none of these loads a model but --save-merged
     check_data: bool = option(False, "print what the data files hold and every defect; exit code 1 if there is one")
+    save_merged: str | None = option(None, "write the adapter folder --model and its base as one ordinary model folder, this one")
     score: str | None = option(None, "print the scores of a predictions file, by both scorers")
     compare: list | None = option(None, "print what predictions file B is better than A by, item by item", values=("A", "B"))
     # evaluation and records
@@ -127,8 +128,14 @@ class Config:
     code_errors: str = option("shown", "whether the model sees why its program failed; paper: hidden", ("shown", "hidden"))
     step_side: int = option(720, "images of training steps are stretched to this square, pixels; 0: not; paper: 720")
     # the update
-    lr: float | None = option(None, "learning rate of AdamW; default: 2e-4 for data/tiny, else 1e-6 (the paper)")
+    lr: float | None = option(None, "learning rate of AdamW; default: 2e-4 for data/tiny, else 1e-6 (the paper); with LoRA ten "
+                                    "times that")
     vision: str = option("frozen", "the vision tower: frozen or trained", ("frozen", "trained"))
+    lora_rank: int | None = option(None, "LoRA of this rank on the language model; 0: all its weights; default: 0 for "
+                                         "data/tiny, else 16 (3B in 16 GB, where all weights take 80; the rewards of an episode "
+                                         "are few bits, small ranks hold them); paper: 0")
+    lora_alpha: float = option(32.0, "the adapters' product counts lora_alpha / lora_rank times")
+    lora_targets: str = option(LORA_TARGETS, "linear layers that get an adapter")
     warmup: int = option(5, "steps until the full learning rate")
     lr_schedule: str = option("linear", "linear falls to zero at the last step; paper: linear", ("linear", "constant"))
     beta: float = option(0.04, "weight of the KL term; 0: no reference model; paper: 0.04")
@@ -163,7 +170,7 @@ class Config:
 
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
-    "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
+    "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6), "lora_rank": (0, 16),
     "inner_epochs": (2, 1), "minibatches": (2, 1), "threads": (1, 0), "passages": (2, 4),
     "checkpointing": ("off", "on"), "update": ("rows", "tree"), "micro_batch_tokens": (2048, 8192)}
 
@@ -189,24 +196,26 @@ def check(config: Config) -> None:
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
              "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch_tokens": 1, "beta": 0.0, "seed": 0,
-             "threads": 0, "step_side": 0, "passages": 1}
+             "threads": 0, "step_side": 0, "passages": 1, "lora_rank": 0}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
             why = " (an advantage compares the episodes of a group)" if name == "group_size" else ""
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {low}{why}")
-    for name in ("temperature", "sandbox_seconds", "lr", "max_grad_norm"):
+    for name in ("temperature", "sandbox_seconds", "lr", "max_grad_norm", "lora_alpha"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
-    instead = [name for name in ("check_data", "score", "compare") if getattr(config, name)]
+    instead = [name for name in ("check_data", "save_merged", "score", "compare") if getattr(config, name)]
     if len(instead) > 1:
-        raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1]} cannot be had at once; choose one")
+        raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1].replace('_', '-')} cannot be had at once; choose one")
     for name in ("crop_box", "code_errors", "step_side"):
         if config.protocol == "episodes" and getattr(config, name) != getattr(Config, name):
             raise UsageError(f"--{name.replace('_', '-')} is an option of the paper's way; add --protocol paper")
     if config.corpus and not Path(config.corpus).exists():
         raise UsageError(f"--corpus {config.corpus}: no such file; name a .jsonl with one passage a line")
+    if config.vision == "trained" and config.lora_rank:
+        raise UsageError("--vision trained needs --lora-rank 0: adapters are put on the language model alone")
     if config.model:
         check_name(config.model)
     if config.system_prompt:
@@ -244,9 +253,16 @@ def complete(config: Config) -> list[str]:
         config.model, why["model"] = str(tiny), "the embedded checkpoint; --model DIR or hub name for another"
     small = is_small(config.model)
     why["data"] = choose_data(config, small) or why["data"]
+    lr_is_open, adapter = config.lr is None, adapter_config(config.model)
+    if config.lora_rank is None and adapter:
+        config.lora_rank = adapter["r"]
+    if config.lora_rank is None and config.vision == "trained":
+        config.lora_rank = 0
     for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
             setattr(config, name, for_small if small else for_others)
+    if lr_is_open and config.lora_rank:
+        config.lr *= 10         # B starts at zero and alpha / rank is near 1: LoRA learns at about ten times the rate
     if config.out is None:
         config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     here = f"{Path.cwd()}{os.sep}"
@@ -274,6 +290,8 @@ def choose_data(config: Config, small: bool) -> str | None:
 
 def is_small(model: str) -> bool:
     """Whether `model` is data/tiny or its offspring: the options that are right for it are wrong for 3B."""
+    adapter = adapter_config(model)
+    model = adapter["base_model_name_or_path"] if adapter else model
     try:
         settings = json.loads((Path(model) / "config.json").read_text())
         return settings.get("text_config", settings)["hidden_size"] < 1024
@@ -416,6 +434,8 @@ class Trainer:
 
     def __init__(self, policy: Policy, samples: list, tools: Tools, config: Config, similarity=lexical_similarity):
         self.policy, self.tools, self.config, self.similarity = policy, tools, config, similarity
+        if config.lora_rank and not policy.adapters:
+            policy.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
@@ -499,6 +519,19 @@ def check_files(config: Config) -> int:
     return 1 if defects else 0
 
 
+def save_merged(config: Config) -> int:
+    """--save-merged: an adapter folder as an ordinary Hugging Face folder, in the precision of its base model."""
+    if not config.model or not adapter_config(config.model):
+        raise UsageError("--save-merged needs --model DIR with adapter_config.json in DIR, such as a LoRA run's model/")
+    if Path(config.save_merged).exists():
+        raise UsageError(f"--save-merged {config.save_merged} exists; nothing was overwritten. Name a new folder or remove it")
+    policy = load(config.model, dtype="auto")
+    policy.merge_lora()
+    policy.save(config.save_merged)
+    print(f"{config.save_merged}: {config.model} merged into {policy.name}")
+    return 0
+
+
 def score_file(config: Config) -> int:
     """--score: a predictions file under both scorers."""
     print(f"{config.score}, scored as {config.task}\n{HEADER}")
@@ -535,6 +568,8 @@ def main(arguments: list[str]) -> int:
         check(config)
         if config.check_data:
             return check_files(config)
+        if config.save_merged:
+            return save_merged(config)
         if config.score:
             return score_file(config)
         return compare_files(config) if config.compare else start(config)
@@ -557,6 +592,16 @@ def choose_prompt(config: Config, policy: Policy) -> str:
     return policy.system_prompt if brought or config.task == "mat-coding" else SEARCH_PROMPT
 
 
+def continue_adapter(config: Config, policy: Policy) -> None:
+    """Training that starts from an adapter goes on with it; the KL term's reference is its base model."""
+    if not policy.adapters or config.eval_only:
+        return
+    rank = next(iter(policy.adapters.values())).rank
+    if config.lora_rank != rank:
+        raise UsageError(f"--lora-rank {config.lora_rank}: the adapter {config.model} has rank {rank}; give --lora-rank {rank} "
+                         "to go on with it, or merge it first (--save-merged DIR) and train DIR")
+
+
 def start(config: Config) -> int:
     """One run, from options to summary."""
     for line in complete(config):
@@ -577,6 +622,7 @@ def start(config: Config) -> int:
     similarity, similarity_name = choose_similarity(config)
     policy = load(config.model, config.device, torch.float32 if config.device == "cpu" else torch.bfloat16)
     policy.system_prompt = choose_prompt(config, policy)
+    continue_adapter(config, policy)
     run = Run(config)
     print(f"run:    {config.out}: {len(held_out)} held-out samples" + ("" if config.eval_only else (
         f", {len(training)} for training, {config.steps} steps of {config.samples_per_step} x {config.group_size} episodes")))

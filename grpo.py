@@ -178,9 +178,11 @@ def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
 
 
 def reference_of(policy: Policy) -> Policy:
-    """A frozen copy: the point that the KL term pulls back to."""
+    """The point that the KL term pulls back to: a frozen copy; with LoRA the policy itself, asked without adapters."""
+    if policy.adapters:
+        return policy
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Policy(model, policy.tokenizer, policy.image_processor, policy.system_prompt)
+    return Policy(model, policy.tokenizer, policy.image_processor, policy.system_prompt, policy.name)
 
 
 def update(policy: Policy, reference: Policy | None, episodes: list[Episode], advantages: torch.Tensor,
@@ -234,7 +236,7 @@ def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[t
     logps = [None] * len(episodes)
     for part in micro_batches(reference, episodes, config.micro_batch_tokens, config.update):
         batch = pack(reference, [episodes[i] for i in part], config.update)
-        with torch.no_grad():
+        with torch.no_grad(), reference.without_adapters():
             logp, _ = episode_logp(reference, batch, config.temperature)
         for i, row in zip(part, logp):
             logps[i] = row[:len(episodes[i].ids)]

@@ -439,8 +439,7 @@ class Trainer:
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
-        trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = grpo.optimizer_of(policy, config.lr)
         self.steps = 0          # complete steps
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.order = endless(samples, random.Random(config.seed))

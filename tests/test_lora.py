@@ -1,7 +1,7 @@
 """LoRA by hand: what it computes, what is trained, what is saved; and master weights."""
 
 import json
-import shutil
+import re
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import arft
 from arft import Config, main
 from conftest import ROOT
-from grpo import collate, episode_logp, group_advantages, reference_logp, reference_of
+from grpo import MasterAdamW, collate, episode_logp, optimizer_of, reference_logp, reference_of
 from policy import LORA_TARGETS, LoRA, PolicyError, load
 from rollout import Limits, rollout
 from test_grpo import options
@@ -127,7 +127,6 @@ def test_the_adapter_file_is_pefts(adapted, tmp_path):
     hidden, inner = 128, 384
     assert tensors[name.format("A")].shape == (4, inner) and tensors[name.format("B")].shape == (hidden, 4)
     assert config["peft_type"] == "LORA" and (config["r"], config["lora_alpha"]) == (4, 8.0)
-    import re
     assert {n for n, m in load(TINY).model.named_modules()
             if isinstance(m, torch.nn.Linear) and re.fullmatch(config["target_modules"], n)} == set(adapted.adapters)
     assert not list(tmp_path.glob("model*.safetensors")), "the base model is not copied"
@@ -192,3 +191,66 @@ def test_what_is_chosen_when_lora_is_left_open(tmp_path):
     assert vision.lora_rank == 0
     with pytest.raises(arft.UsageError, match="needs --lora-rank 0"):
         arft.check(Config(vision="trained", lora_rank=4))
+
+
+# --- master weights --------------------------------------------------------------------------------------------------
+
+
+def train(make, dtype, steps=200, lr=1e-6):
+    """Weights of 0.01 to 0.05 under a noisy gradient that mostly keeps its direction; the same one for every caller."""
+    generator = torch.Generator().manual_seed(0)
+    size = 0.01 + 0.04 * torch.rand(512, generator=generator)
+    direction = torch.randn(512, generator=generator)
+    weight = torch.nn.Parameter((size * direction.sign()).bfloat16().to(dtype))
+    start, optimizer = weight.detach().clone(), make([weight], lr=lr)
+    for _ in range(steps):
+        weight.grad = (direction + 0.3 * torch.randn(512, generator=generator)).bfloat16().to(dtype)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return start, weight.detach(), optimizer
+
+
+def adamw(weights, lr):
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def test_at_the_papers_learning_rate_bfloat16_rounds_every_update_away():
+    start, end, _ = train(adamw, torch.bfloat16)
+    assert torch.equal(start, end), "200 steps, and not one weight has moved"
+    _, exact, _ = train(adamw, torch.float32)
+    start, end, optimizer = train(MasterAdamW, torch.bfloat16)
+    assert (start != end).float().mean() > 0.5 and end.dtype == torch.bfloat16
+    torch.testing.assert_close(optimizer.masters[0], exact, atol=1e-8, rtol=0)
+    assert torch.equal(end, exact.bfloat16()), "the model's weight is the float32 one, rounded"
+
+
+def test_master_weights_go_on_where_they_were_saved():
+    weight = torch.nn.Parameter(torch.zeros(4).bfloat16())
+    one, other = MasterAdamW([weight], lr=1e-3), None
+    for step in range(4):
+        if step == 2:       # a new process: the rounded weight and the optimiser's state are what is left
+            weight, other = torch.nn.Parameter(weight.detach().clone()), one.state_dict()
+            one = MasterAdamW([weight], lr=1e-3)
+            one.load_state_dict(other)
+        weight.grad = torch.tensor([1.0, -2.0, 0.5, 3.0 - step]).bfloat16()
+        one.step()
+    straight = torch.nn.Parameter(torch.zeros(4).bfloat16())
+    optimizer = MasterAdamW([straight], lr=1e-3)
+    for step in range(4):
+        straight.grad = torch.tensor([1.0, -2.0, 0.5, 3.0 - step]).bfloat16()
+        optimizer.step()
+    assert torch.equal(weight, straight) and torch.equal(one.masters[0], optimizer.masters[0]) and one.steps == 4
+
+
+def test_the_optimiser_holds_states_for_what_is_trained_alone(fresh_policy):
+    fresh_policy.model.model.visual.requires_grad_(False)
+    fresh_policy.model.bfloat16()
+    optimizer = optimizer_of(fresh_policy, 1e-6)
+    assert isinstance(optimizer, MasterAdamW)
+    visual = sum(w.numel() for w in fresh_policy.model.model.visual.parameters())
+    everything = sum(w.numel() for w in fresh_policy.model.parameters())
+    assert sum(m.numel() for m in optimizer.masters) == everything - visual
+    fresh_policy.add_lora(2, 2.0, "q_proj")
+    adapters = optimizer_of(fresh_policy, 1e-6)
+    assert isinstance(adapters, torch.optim.AdamW)          # A and B are float32: they are their own masters
+    assert len(adapters.param_groups[0]["params"]) == 2 * len(fresh_policy.adapters)

@@ -38,7 +38,9 @@ from tqdm import tqdm
 
 import grpo
 import paper
+import plan
 from data import mat, mini, mini_search
+from plan import DEVICES
 from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
 from record import HEADER, Run, score_row, table
 from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
@@ -84,6 +86,8 @@ class Config:
     protocol: str = option("episodes", "episodes: several turns, tools in the loop; paper: one growing message, training "
                                        "on single steps (paper.py)", ("episodes", "paper"))
     # instead of a run; none of these loads a model but --save-merged
+    plan: bool = option(False, "print what the run would take of a GPU: memory by part and phase, seconds a step (plan.py)")
+    plan_device: str | None = option(None, "the GPU to plan for; default: the one that is there, else H200", tuple(DEVICES))
     check_data: bool = option(False, "print what the data files hold and every defect; exit code 1 if there is one")
     save_merged: str | None = option(None, "write the adapter folder --model and its base as one ordinary model folder, this one")
     score: str | None = option(None, "print the scores of a predictions file, by both scorers")
@@ -93,10 +97,12 @@ class Config:
     eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
     save_every: int = option(20, "steps between checkpoints; there is always one at the end")
-    eval_batch: int = option(100, "samples evaluated side by side")
+    eval_batch: int | None = option(None, "samples evaluated side by side; default: 100 for data/tiny, else --rollout-batch")
     # the episode
     samples_per_step: int | None = option(None, "samples in a step; default: 8 for data/tiny, else 16 (the paper)")
     group_size: int = option(8, "episodes of each sample; paper: 8")
+    rollout_batch: int | None = option(None, "episodes sampled side by side, in whole groups; default: the most of 128, 64, "
+                                             "32, 16, 8 for which --plan says that the GPU's memory is enough; 128 for data/tiny")
     temperature: float = option(1.0, "of sampling; the scored log-probs use it, too; paper: 1")
     max_new_tokens: int | None = option(None, "ids in one turn; default: 96 for data/tiny, else 256 (the paper)")
     max_turns: int = option(5, "turns in an episode; paper: 5 (in evaluation)")
@@ -193,7 +199,7 @@ def parse_options(arguments: list[str]) -> Config:
 
 def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
-    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
+    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "rollout_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
              "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
              "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch_tokens": 1, "beta": 0.0, "seed": 0,
              "threads": 0, "step_side": 0, "passages": 1, "lora_rank": 0}
@@ -206,7 +212,7 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
-    instead = [name for name in ("check_data", "save_merged", "score", "compare") if getattr(config, name)]
+    instead = [name for name in ("check_data", "plan", "save_merged", "score", "compare") if getattr(config, name)]
     if len(instead) > 1:
         raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1].replace('_', '-')} cannot be had at once; choose one")
     for name in ("crop_box", "code_errors", "step_side"):
@@ -263,6 +269,10 @@ def complete(config: Config) -> list[str]:
             setattr(config, name, for_small if small else for_others)
     if lr_is_open and config.lora_rank:
         config.lr *= 10         # B starts at zero and alpha / rank is near 1: LoRA learns at about ten times the rate
+    if config.rollout_batch is None:
+        config.rollout_batch = 128 if small else plan.rollout_batch(config)
+    if config.eval_batch is None:
+        config.eval_batch = 100 if small else config.rollout_batch
     if config.out is None:
         config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     here = f"{Path.cwd()}{os.sep}"
@@ -460,8 +470,10 @@ class Trainer:
         config, clock, start = self.config, Clock(), time.perf_counter()
         self.keep_features({})
         samples = [next(self.order) for _ in range(config.samples_per_step)]
-        episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
-                           tools=self.tools, generator=self.generator, clock=clock)
+        episodes, groups = [], max(1, config.rollout_batch // config.group_size)       # groups side by side
+        for first in range(0, len(samples), groups):
+            episodes += attempt(self.policy, samples[first:first + groups], config, group_size=config.group_size,
+                                limits=config.limits, tools=self.tools, generator=self.generator, clock=clock)
         rewards = score(episodes, config, self.similarity)
         totals = torch.tensor([reward.total for reward in rewards])                        # [N]
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
@@ -491,6 +503,8 @@ def train(trainer: Trainer, run: Run, held_out: list) -> None:
         for step in bar:
             run.record_step(step, trainer.step())
             tqdm.write(run.step_line())
+            if step == 1 and trainer.policy.device.type == "cuda":
+                tqdm.write(plan.beside(config, torch.cuda.max_memory_allocated()))
             if config.eval_every and step % config.eval_every == 0:
                 summary, *_ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
                 run.record_evaluation(step, summary)
@@ -516,6 +530,14 @@ def check_files(config: Config) -> int:
     print("\n".join(report))
     print("\n".join([*defects, f"defects: {len(defects)}"]))
     return 1 if defects else 0
+
+
+def print_plan(config: Config) -> int:
+    """--plan, for --model or the default on a GPU. Neither data nor weights are read."""
+    config.model, config.data = config.model or HUB_MODEL, config.data or ""
+    complete(config)
+    print("\n".join(plan.report(config)))
+    return 0
 
 
 def save_merged(config: Config) -> int:
@@ -567,6 +589,8 @@ def main(arguments: list[str]) -> int:
         check(config)
         if config.check_data:
             return check_files(config)
+        if config.plan:
+            return print_plan(config)
         if config.save_merged:
             return save_merged(config)
         if config.score:
@@ -575,6 +599,9 @@ def main(arguments: list[str]) -> int:
     except (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError) as error:
         print(f"arft.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"arft.py: {plan.out_of_memory(config, error)}", file=sys.stderr)
+        return 1
 
 
 def training_samples(config: Config) -> list[mat.Sample]:

@@ -112,6 +112,9 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            error.phase = name      # plan.out_of_memory says what to lower there
+            raise
         finally:
             self.seconds[name] += time.perf_counter() - start
 

@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"        # many GPUs: rank 0 prints
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ import transformers
 from tqdm import tqdm
 
 import grpo
+import many
 import paper
 import plan
 from data import mat, mini, mini_search
@@ -224,6 +227,9 @@ def check(config: Config) -> None:
         raise UsageError("--vision trained needs --lora-rank 0: adapters are put on the language model alone")
     if config.model:
         check_name(config.model)
+    if (config.samples_per_step or 0) % many.size():
+        raise UsageError(f"--samples-per-step {config.samples_per_step}: {many.size()} processes cannot share them; give a "
+                         f"multiple of {many.size()}")
     if config.system_prompt:
         read_prompt(config.system_prompt)
     if config.out and Path(config.out).exists():
@@ -374,17 +380,26 @@ def evaluate(policy: Policy, samples, tools, config: Config, temperature: float,
     limits = dataclasses.replace(config.limits, temperature=temperature)
     generator = torch.Generator(policy.device).manual_seed(config.seed + 10_000)
     episodes = []
-    with tqdm(total=len(samples), desc=title, leave=False, unit="sample") as bar:
-        for start in range(0, len(samples), config.eval_batch):
-            part = samples[start:start + config.eval_batch]
+    own = many.share(samples)
+    with tqdm(total=len(own), desc=title, leave=False, unit="sample") as bar:
+        for start in range(0, len(own), config.eval_batch):
+            part = own[start:start + config.eval_batch]
             episodes += attempt(policy, part, config, limits=limits, tools=tools, generator=generator, clock=clock)
             bar.update(len(part))
+    episodes = gathered(episodes)
     both = {scorer: summarize([e.answer for e in episodes], samples, scorer, chinese=config.task == "mat-coding")
             for scorer in SCORERS}
     summary = both.pop(config.scorer) | both        # the other scorer's under its name
     if any(sample.problems for sample in samples):
         summary["by_problem"] = em_by_problem(episodes, config.scorer)
     return summary, episodes
+
+
+def gathered(episodes: list[Episode]) -> list[Episode]:
+    """The episodes of all ranks (many.py), without the patches of their images, which only their own rank trains on."""
+    if many.size() == 1:
+        return episodes
+    return many.gather([dataclasses.replace(episode, images=[], view=None) for episode in episodes])
 
 
 def em_by_problem(episodes: list[Episode], scorer: str) -> dict[str, dict]:
@@ -449,9 +464,10 @@ class Trainer:
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
+        many.shard(policy.model)
         self.optimizer = grpo.optimizer_of(policy, config.lr)
         self.steps = 0          # complete steps
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed + 1_000_003 * many.rank())
         self.order = endless(samples, random.Random(config.seed))
 
     def rate(self) -> float:
@@ -469,30 +485,33 @@ class Trainer:
         """One step of GRPO. Returns what it did: episodes, rewards, advantages, statistics, seconds."""
         config, clock, start = self.config, Clock(), time.perf_counter()
         self.keep_features({})
-        samples = [next(self.order) for _ in range(config.samples_per_step)]
+        samples = many.share([next(self.order) for _ in range(config.samples_per_step)])
         episodes, groups = [], max(1, config.rollout_batch // config.group_size)       # groups side by side
         for first in range(0, len(samples), groups):
             episodes += attempt(self.policy, samples[first:first + groups], config, group_size=config.group_size,
                                 limits=config.limits, tools=self.tools, generator=self.generator, clock=clock)
         rewards = score(episodes, config, self.similarity)
-        totals = torch.tensor([reward.total for reward in rewards])                        # [N]
+        totals = torch.tensor(many.gather([reward.total for reward in rewards]))           # [N], of all ranks
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
+        own = many.share(range(len(totals)))
         rows, stats = teaching_rows(totals, config), dict.fromkeys(grpo.STATISTICS)     # None where nothing is taught
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self.rate()
         with clock.phase("update"):
             if rows:
-                stats = grpo.update(self.policy, self.reference, [episodes[i] for i in rows], advantages[rows],
-                                    self.optimizer, config, self.generator)
+                rows = [i for i in rows if i in own]
+                stats = grpo.update(self.policy, self.reference, [episodes[i - own.start] for i in rows],
+                                    advantages[rows], self.optimizer, config, self.generator)
         self.keep_features(None)
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
         self.steps += 1
-        return {"episodes": episodes, "rewards": rewards, "totals": totals, "advantages": advantages,
+        return {"episodes": gathered(episodes), "rewards": many.gather(rewards), "totals": totals, "advantages": advantages,
                 "stats": stats, "clock": clock, "seconds": time.perf_counter() - start}
 
     def state(self) -> dict:
         """What a resumed run needs beside the model."""
-        return {"step": self.steps, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        learned = {"optimizer": self.optimizer.state_dict()} if many.size() == 1 else many.state(self.policy.model, self.optimizer)
+        return learned | {"step": self.steps, "generator": self.generator.get_state()}
 
 
 def train(trainer: Trainer, run: Run, held_out: list) -> None:
@@ -501,16 +520,17 @@ def train(trainer: Trainer, run: Run, held_out: list) -> None:
     bar = tqdm(range(1, config.steps + 1), desc="training", unit="step")
     try:
         for step in bar:
-            run.record_step(step, trainer.step())
-            tqdm.write(run.step_line())
-            if step == 1 and trainer.policy.device.type == "cuda":
-                tqdm.write(plan.beside(config, torch.cuda.max_memory_allocated()))
-            if config.eval_every and step % config.eval_every == 0:
-                summary, *_ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
-                run.record_evaluation(step, summary)
-            if step % config.save_every == 0:
-                run.save_checkpoint(trainer)
-                saved = step
+            with many.together(lambda error: explained(error, config)):
+                run.record_step(step, trainer.step())
+                tqdm.write(run.step_line())
+                if step == 1 and trainer.policy.device.type == "cuda":
+                    tqdm.write(plan.beside(config, torch.cuda.max_memory_allocated()))
+                if config.eval_every and step % config.eval_every == 0:
+                    summary, *_ = evaluate_both(trainer.policy, held_out, trainer.tools, config, run.clock, f"step {step}")
+                    run.record_evaluation(step, summary)
+                if step % config.save_every == 0:
+                    run.save_checkpoint(trainer)
+                    saved = step
     except KeyboardInterrupt:
         tqdm.write(f"interrupted after {run.steps} complete steps; saving what was learned")
         run.interrupted = True
@@ -584,8 +604,12 @@ def compare_files(config: Config) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    config = None
     try:
         config = parse_options(arguments)
+        many.start()
+        if many.rank():
+            config.out = many.scratch()
         check(config)
         if config.check_data:
             return check_files(config)
@@ -596,12 +620,21 @@ def main(arguments: list[str]) -> int:
         if config.score:
             return score_file(config)
         return compare_files(config) if config.compare else start(config)
-    except (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError) as error:
-        print(f"arft.py: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"arft.py: {plan.out_of_memory(config, error)}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        if not (known := explained(error, config)):
+            raise
+        print(f"arft.py: {known[1]}", file=sys.stderr)
+        return known[0]
+
+
+def explained(error: BaseException, config: Config) -> tuple[int, str] | None:
+    """(exit code, message) of an error that needs no stack trace: bad input, or a GPU that is too small."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return 1, plan.out_of_memory(config, error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the last checkpoint has what was learned until then"
+    known = (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError)
+    return (2, str(error)) if isinstance(error, known) else None
 
 
 def training_samples(config: Config) -> list[mat.Sample]:
@@ -632,6 +665,9 @@ def start(config: Config) -> int:
     """One run, from options to summary."""
     for line in complete(config):
         print(line)
+    check(config)       # what was chosen, too
+    if many.size() > 1:
+        print(f"ranks:  {many.size()}; each samples {config.samples_per_step // many.size()} x {config.group_size} episodes a step")
     if config.protocol == "paper":
         print(f"paper:  one growing message; crops at the {config.crop_box}'s box; errors of programs {config.code_errors}; "
               f"training on single steps, images {f'{config.step_side} pixels square' if config.step_side else 'as they are'}")
@@ -659,7 +695,8 @@ def start(config: Config) -> int:
         if search:
             print(f"search: {search.name}, {config.passages} passages; queries are compared with gold ones by: {similarity_name}")
         try:
-            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
+            with many.together(lambda error: explained(error, config)):
+                run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before"))
             if not config.eval_only:
                 train(Trainer(policy, training, tools, config, similarity), run, held_out)
                 if not run.interrupted:

@@ -34,6 +34,7 @@ from collections import defaultdict
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import many
 from pack import Batch, groups_of, micro_batches, pack
 from policy import Policy
 from rollout import Episode
@@ -42,7 +43,8 @@ LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 TOKEN_MEANS = ("dapo", "cispo")          # loss types that average over all tokens of the batch at once
 SCALES = ("group", "batch", "none")
 AT_ONCE = 2 ** 25     # probabilities: 128 MiB in float32, those of 220 ids over Qwen's vocabulary; more is no faster
-STATISTICS = ("loss", "kl", "ratio", "clip_fraction", "entropy", "grad_norm", "logp_error", "updates", "skipped_updates")
+PER_TOKEN = ("loss", "kl", "ratio", "clip_fraction", "entropy")
+STATISTICS = (*PER_TOKEN, "grad_norm", "logp_error", "updates", "skipped_updates")
 
 # --- advantages ------------------------------------------------------------------------------------
 
@@ -261,11 +263,13 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
                                           logp_ref and [logp_ref[i] for i in rows], config)
             if count + skipped == 0:
                 logp_error = error
-            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+            with many.summed(policy.model):
+                norm = many.norm_of(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
+                if torch.isfinite(norm):
+                    optimizer.step()
             if not torch.isfinite(norm):
                 skipped += 1
                 continue
-            optimizer.step()
             count += 1
             for name, value in (part | {"grad_norm": norm.item()}).items():
                 stats[name] += value
@@ -283,7 +287,8 @@ def minibatches(policy: Policy, episodes: list[Episode], config, generator: torc
     units = groups_of(policy, episodes) if config.update == "tree" else [[i] for i in range(len(episodes))]
     order = (torch.randperm(len(units), generator=generator, device=generator.device)
              if config.minibatches > 1 else torch.arange(len(units)))
-    return [[i for unit in part.tolist() for i in units[unit]] for part in order.chunk(config.minibatches)]
+    parts = [[i for unit in part.tolist() for i in units[unit]] for part in order.chunk(config.minibatches)]
+    return parts + [[]] * (int(*many.largest(len(parts))) - len(parts))     # another rank may have more
 
 
 def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
@@ -301,7 +306,8 @@ def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[t
 def _accumulate(policy, episodes, advantages, logp_ref, config) -> tuple[dict[str, float], float]:
     """Adds the gradient of one minibatch, a micro-batch at a time. Returns its statistics and logp error."""
     tokens = torch.tensor([sum(e.mask) for e in episodes])                 # sampled ids of each episode
-    stats, error = defaultdict(float), 0.0
+    all_tokens, all_episodes = many.total(tokens.sum().item(), len(episodes))
+    stats, error = dict.fromkeys(PER_TOKEN, 0.0), 0.0
     for part in micro_batches(policy, episodes, config.micro_batch_tokens, config.update):
         batch = pack(policy, [episodes[i] for i in part], config.update)
         ref = logp_ref and torch.nn.utils.rnn.pad_sequence([logp_ref[i] for i in part], batch_first=True)  # [B, L]
@@ -310,11 +316,11 @@ def _accumulate(policy, episodes, advantages, logp_ref, config) -> tuple[dict[st
             logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,
             clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, max_length=config.max_sampled)
         # A micro-batch counts for its share of what the loss averages over, so that cutting changes nothing.
-        by_tokens = (tokens[part].sum() / tokens.sum()).item()
-        weight = by_tokens if config.loss_type in TOKEN_MEANS else len(batch.mask) / len(episodes)
+        by_tokens = tokens[part].sum().item() / all_tokens
+        weight = by_tokens if config.loss_type in TOKEN_MEANS else len(batch.mask) / all_episodes
         (loss * weight).backward()
         stats["loss"] += loss.item() * weight
         for name, value in (values | _token_means(batch.mask, entropy=entropy)).items():
             stats[name] += value * by_tokens
         error = max(error, ((logp.detach() - batch.logp_old) * batch.mask).abs().max().item())
-    return dict(stats), error
+    return dict(zip(stats, many.total(*stats.values()))), *many.largest(error)

@@ -35,6 +35,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import many
+
 PATCHES_AT_ONCE = 2 ** 14           # of the vision tower: six images of 720 x 720, 0.7 GB at work; more is no faster
 SYSTEM_PROMPT_FILE = "system_prompt.txt"     # the words a checkpoint was trained with travel with it
 
@@ -323,10 +325,13 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face folder, with LoRA an adapter in PEFT's format; the system prompt beside it."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if many.rank():
+            return
         if self.adapters:
             save_adapter(self, folder)
-        else:
-            self.model.save_pretrained(folder)
+        else:       # the weights as they are in use: with many GPUs state_dict() would be parts of them
+            self.model.save_pretrained(folder, state_dict=dict(self.model.named_parameters()))
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         (folder / SYSTEM_PROMPT_FILE).write_text(self.system_prompt)

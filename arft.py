@@ -464,8 +464,8 @@ class Trainer:
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
-        many.shard(policy.model)
-        self.optimizer = grpo.optimizer_of(policy, config.lr)
+        with many.shard(policy.model):
+            self.optimizer = grpo.optimizer_of(policy, config.lr)
         self.steps = 0          # complete steps
         self.generator = torch.Generator(policy.device).manual_seed(config.seed + 1_000_003 * many.rank())
         self.order = endless(samples, random.Random(config.seed))

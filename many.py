@@ -13,7 +13,7 @@ the sum over all ranks, so that the *sum* of the ranks' gradients is the gradien
 
 Weights stay gathered between two optimiser steps, because ranks sample for different lengths of time: a gather inside a
 forward pass would make all wait for all at every layer, or for ever. So a GPU holds weights and gradients whole (2 + 2
-bytes a weight) and 1/N of the rest (12 bytes a weight); `gathered` and `summed` below are the whole engine.
+bytes a weight) and 1/N of the rest (12 bytes a weight); `shard` and `summed` below are the whole engine.
 
 No reader of the algorithm needs this file: with one process every function here gives back what it was given.
 Left out: gathering layer by layer (32B and larger, full fine-tuning), several GPUs for one episode.
@@ -119,9 +119,12 @@ def _reduced(numbers, operation) -> list[float]:
 # --- weights and gradients -------------------------------------------------------------------------------------------
 
 
-def shard(model: torch.nn.Module) -> None:
-    """Cuts every trained weight into one part for each rank, in float32, and gathers them for use in their own type."""
+@contextmanager
+def shard(model: torch.nn.Module):
+    """Cuts every trained weight into one part for each rank, in float32. Inside, the parts are the model's parameters, for
+    an optimiser to take; afterwards they are gathered for use, in the type that the weights had."""
     if size() == 1:
+        yield
         return
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     used = {weight.dtype for weight in trained}
@@ -131,6 +134,7 @@ def shard(model: torch.nn.Module) -> None:
     frozen = {weight for weight in model.parameters() if not weight.requires_grad}
     fully_shard(model, ignored_params=frozen, reshard_after_forward=False,
                 mp_policy=MixedPrecisionPolicy(param_dtype=used.pop(), reduce_dtype=torch.float32, cast_forward_inputs=False))
+    yield
     model.unshard()
 
 
@@ -163,18 +167,25 @@ def norm_of(value: torch.Tensor) -> torch.Tensor:
 WHOLE = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
 
 
-def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Trained weights and optimiser state by name, whole, on rank 0 ({} on the others): any number of ranks can go on."""
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(**WHOLE))
+@contextmanager
+def parts(model: torch.nn.Module):
+    """Inside, the model's trained weights are this rank's parts: those that the optimiser has."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+    yield
     if isinstance(model, FSDPModule):
         model.unshard()
+
+
+def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Trained weights and optimiser state by name, whole, on rank 0 ({} on the others): any number of ranks can go on."""
+    with parts(model):
+        weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(**WHOLE))
     return {"weights": weights, "optimizer": moments}
 
 
 def load_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The reverse of `state`; every rank but 0 may give {}."""
-    saved = saved or {"weights": {}, "optimizer": {}}
-    set_state_dict(model, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
-                   options=StateDictOptions(**WHOLE, strict=False, broadcast_from_rank0=size() > 1))
-    if isinstance(model, FSDPModule):
-        model.unshard()
+    """The reverse of `state`: every rank reads the whole and keeps its parts."""
+    with parts(model):
+        set_state_dict(model, optimizer, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"],
+                       options=StateDictOptions(**WHOLE, strict=False))

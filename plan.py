@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
+import rollout
 from policy import LANGUAGE, PATCHES_AT_ONCE, PolicyError, adapter_config
 
 # name: (bf16 operations per second, bytes per second, bytes); vendors' data sheets, dense
@@ -178,7 +179,8 @@ def vision_bytes(shape: Shapes, patches: float) -> float:
 def rollout_parts(shape: Shapes, options, rows: int, prompts: int) -> dict[str, float]:
     """Sampling `rows` episodes side by side, from `prompts` prompts that are prefilled at once."""
     episode = lengths_of(shape, options)
-    fed = max(prompts * episode.prompt, rows * episode.newest)
+    at_once = getattr(rollout, "PREFILL_IDS", math.inf)             # ids in one forward pass
+    fed = max(min(at_once, prompts * episode.prompt), min(at_once, rows * episode.newest))
     repeated = 4 * rows * episode.whole * shape.heads               # one layer's keys and values for all query heads
     return {"keys and values": rows * episode.whole * shape.kv,
             "prefill": fed * forward_width(shape, options) + repeated,
@@ -197,15 +199,26 @@ def update_parts(shape: Shapes, options) -> dict[str, float]:
     else:
         activations = (shape.layers + 1) * kept
     episode = lengths_of(shape, options)
-    return {"gradients": trained * width, "activations": activations, "attention mask": 2 * pairs,
+    return {"gradients": trained * width, "activations": activations, "attention mask": 3 * pairs,
             "logits": 5 * logits_at_once(shape, tokens),
             "vision": vision_bytes(shape, tokens / max(1, episode.whole) * episode.images * episode.patches)}
 
 
 def micro_batch(shape: Shapes, options) -> tuple[int, int]:
-    """(ids, pairs of ids in attention masks) of one forward pass in the update."""
-    tokens = options.micro_batch * lengths_of(shape, options).whole
-    return tokens, tokens * lengths_of(shape, options).whole
+    """(ids, pairs of ids in attention masks) of one forward pass in the update: as many episodes as the limit allows."""
+    episode, limit = lengths_of(shape, options), options.micro_batch_tokens
+    if options.update == "rows":
+        rows = min(max(1, limit // episode.whole), options.samples_per_step * options.group_size)
+        return rows * episode.whole, rows * episode.whole ** 2
+    tree = episode.prompt + branches(shape, options) * (episode.whole - episode.prompt)
+    rows = min(max(1, limit // tree), options.samples_per_step)
+    return rows * tree, rows * tree ** 2
+
+
+def branches(shape: Shapes, options) -> int:
+    """How many of a group's episodes share one prompt in a forward pass (pack.py cuts a tree that is over the limit)."""
+    episode = lengths_of(shape, options)
+    return min(options.group_size, max(1, (options.micro_batch_tokens - episode.prompt) // (episode.whole - episode.prompt)))
 
 
 def logits_at_once(shape: Shapes, tokens: int) -> int:
@@ -213,11 +226,20 @@ def logits_at_once(shape: Shapes, tokens: int) -> int:
     return 4 * min(grpo.AT_ONCE, tokens * shape.vocabulary)
 
 
+def images_of(shape: Shapes, options) -> int:
+    """Image tokens of a step: each prompt's image once, and one of each episode for every program."""
+    episode = lengths_of(shape, options)
+    images = options.samples_per_step * (1 + options.group_size * (episode.images - 1)) if episode.images else 0
+    return images * episode.patches // shape.merge ** 2
+
+
 def phases(shape: Shapes, options) -> dict[str, dict[str, float]]:
     """Every phase of a run with its parts in bytes. The optimiser's step has two temporaries of the largest weight."""
     base, groups = standing(shape, options), max(1, options.rollout_batch // options.group_size)
     rows = min(options.rollout_batch, options.samples_per_step * options.group_size)
     step = 0 if options.lora_rank else 8 * shape.largest
+    if options.vision == "frozen":      # arft.Trainer keeps them for the whole step
+        base = base | {"image features": images_of(shape, options) * 2 * shape.width}
     alone = {"weights": 2 * shape.total, "adapters": 4 * shape.adapters}        # before and after training
     evaluation = rollout_parts(shape, options, options.eval_batch, options.eval_batch)
     if options.eval_only:
@@ -242,27 +264,32 @@ def seconds(shape: Shapes, options, device: str) -> dict[str, float]:
     episode, episodes = lengths_of(shape, options), options.samples_per_step * options.group_size
     rows = min(options.rollout_batch, episodes)
 
-    def forward(tokens: float) -> float:        # 2 operations for each weight, 2 x 2 for each pair of ids and layer
-        return tokens * (2 * shape.text + 4 * shape.layers * shape.width * episode.whole / 2) / operations
+    def forward(tokens: float, seen: float = episode.whole / 2) -> float:
+        """2 operations for each id and weight; 2 x 2 for each id, id that it sees, layer and number of the width."""
+        return tokens * (2 * shape.text + 4 * shape.layers * shape.width * seen) / operations
     read = 2 * shape.text + rows * (episode.prompt + episode.whole) / 2 * shape.kv
     each = max(read / bandwidth, rows * 2 * shape.text / operations)
-    images = options.samples_per_step + episodes * (episode.images - 1) if episode.images else 0
-    vision = images * episode.patches * 2 * shape.vision / operations
-    trained = update_tokens(shape, options)
+    vision = images_of(shape, options) * shape.merge ** 2 * 2 * shape.vision / operations
+    ids, pairs = micro_batch(shape, options)
+    scored = forward(update_tokens(shape, options), pairs / ids)        # a masked pair costs as much as a seen one
     # backward: one forward's worth for the activations' gradients, one for the weights'; and one to recompute
     passes = 2 + (not options.lora_rank) + (options.checkpointing == "on")
     states = 0 if options.lora_rank else 28 * (shape.total - shape.vision)
     return {"vision": vision,
             "prefill": forward(options.samples_per_step * episode.prompt + episodes * episode.observed),
             "decode": math.ceil(episodes / rows) * episode.sampled * each,
-            "reference": forward(trained) * (options.beta > 0),
-            "update": options.inner_epochs * forward(trained) * passes + vision * (options.inner_epochs + (options.beta > 0)),
+            "reference": scored * (options.beta > 0),
+            "update": options.inner_epochs * scored * passes + (options.vision == "trained") * 3 * vision * options.inner_epochs,
             "optimiser": options.inner_epochs * options.minibatches * states / bandwidth}
 
 
 def update_tokens(shape: Shapes, options) -> int:
     """Ids that one pass over a step's episodes computes."""
-    return options.samples_per_step * options.group_size * lengths_of(shape, options).whole
+    episode, groups = lengths_of(shape, options), options.samples_per_step
+    if options.update == "rows":
+        return groups * options.group_size * episode.whole
+    prompts = math.ceil(options.group_size / branches(shape, options))
+    return groups * (prompts * episode.prompt + options.group_size * (episode.whole - episode.prompt))
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
@@ -335,7 +362,7 @@ def beside(options, measured: float) -> str:
 # --- out of memory ---------------------------------------------------------------------------------------------------
 
 
-def lowered(options) -> list[tuple[str, dict]]:
+def lowered(shape: Shapes, options) -> list[tuple[str, dict]]:
     """Options that take memory, each at a lower setting: (the flag as one would type it, the changed fields)."""
     def half(name):
         value = getattr(options, name) // 2
@@ -343,8 +370,8 @@ def lowered(options) -> list[tuple[str, dict]]:
     ways = [half("eval_batch")] if options.eval_batch > 1 else []
     if options.rollout_batch >= 2 * options.group_size:
         ways.append(half("rollout_batch"))
-    if options.micro_batch > 1:
-        ways.append(half("micro_batch"))
+    if micro_batch(shape, options)[0] > lengths_of(shape, options).whole:
+        ways.append(half("micro_batch_tokens"))
     if options.checkpointing == "off":
         ways.append(("--checkpointing on", {"checkpointing": "on"}))
     if not options.lora_rank:
@@ -357,7 +384,7 @@ def lowered(options) -> list[tuple[str, dict]]:
 def cures(shape: Shapes, options, phase: str) -> list[str]:
     """What to lower and how much the phase would then take less, most first."""
     now, found = sum(phases(shape, options)[phase].values()), []
-    for flag, changes in lowered(options):
+    for flag, changes in lowered(shape, options):
         changed = dataclasses.replace(options, **changes)
         other = shapes_of(model_config(options.model), changed) if "lora_rank" in changes else shape
         saved = now - sum(phases(other, changed)[phase].values())

@@ -85,8 +85,8 @@ def test_the_reference_is_the_model_without_adapters(adapted, policy, samples, s
                        generator=torch.Generator().manual_seed(1))
     disturb(adapted)
     assert reference_of(adapted) is adapted
-    got = reference_logp(adapted, episodes, options(micro_batch=1))
-    expected = reference_logp(reference_of(policy), episodes, options(micro_batch=1))
+    got = reference_logp(adapted, episodes, options(micro_batch_tokens=1))
+    expected = reference_logp(reference_of(policy), episodes, options(micro_batch_tokens=1))
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
     with torch.no_grad():
         own, _ = episode_logp(adapted, collate(adapted, episodes[:1]))

@@ -3,6 +3,7 @@
 The workers are this file, run as a script with torchrun's environment variables.
 """
 
+import copy
 import os
 import pickle
 import socket
@@ -46,8 +47,8 @@ def learner(way):
     else:
         policy.model.model.visual.requires_grad_(False)
     reference = grpo.reference_of(policy)
-    many.shard(policy.model)
-    return policy, reference, grpo.optimizer_of(policy, 1e-3)
+    with many.shard(policy.model):
+        return policy, reference, grpo.optimizer_of(policy, 1e-3)
 
 
 def step(policy, reference, optimizer, episodes, advantages, config):
@@ -74,7 +75,7 @@ def experiment(way, episodes, resumed, split=None):
     policy, reference, optimizer = learner(way)
     out = {"names": sorted(weights_of(policy)),
            "first": step(policy, reference, optimizer, episodes[cut], ADVANTAGES[cut], options()),
-           "state": many.state(policy.model, optimizer), "weights": weights_of(policy)}
+           "state": copy.deepcopy(many.state(policy.model, optimizer)), "weights": weights_of(policy)}
     if resumed is not None:
         policy, reference, optimizer = learner(way)
         many.load_state(policy.model, optimizer, resumed)
@@ -88,7 +89,7 @@ def work(folder):
     episodes = pickle.loads((folder / "episodes").read_bytes())
     results = {}
     for way in WAYS:
-        resumed = torch.load(folder / f"{way}.pt") if many.rank() == 0 else {}
+        resumed = torch.load(folder / f"{way}.pt")
         for name, split in SPLITS.items():
             results[way, name] = experiment(way, episodes, resumed, split)
     results["share"], results["gather"] = many.share(list("abcde")), many.gather(many.share(list("abcde")))

@@ -222,10 +222,10 @@ def test_out_of_memory_ends_with_what_to_lower(tmp_path, monkeypatch, capsys):
     assert code == 1 and "the GPU's memory is full (update)" in said and "Traceback" not in said
     config = Config(**{k: v for k, v in json.loads((tmp_path / "run" / "config.json").read_text()).items()
                        if k in Config.__dataclass_fields__})
-    less = dataclasses.replace(config, micro_batch=config.micro_batch // 2)
+    less = dataclasses.replace(config, micro_batch_tokens=config.micro_batch_tokens // 2)
     (shape, now), (_, then) = planned_raw(config), planned_raw(less)
     saved = sum(now["update"].values()) - sum(then["update"].values())
-    assert f"--micro-batch {less.micro_batch}" in said and f"saves {saved / 1e9:.1f} GB" in said
+    assert f"--micro-batch-tokens {less.micro_batch_tokens}" in said and f"saves {saved / 1e9:.1f} GB" in said
 
 
 def planned_raw(config):
@@ -237,7 +237,7 @@ def test_the_cures_belong_to_the_phase():
     config = completed(lora_rank=0)
     shape, _ = planned(config)
     rollout, update = ("\n".join(plan.cures(shape, config, phase)) for phase in ("rollout", "update"))
-    assert "--rollout-batch 64" in rollout and "--micro-batch" not in rollout
+    assert "--rollout-batch 64" in rollout and "--micro-batch-tokens" not in rollout
     assert "--rollout-batch" not in update and "--lora-rank 16" in update and "--beta 0" in update
     savings = [float(line.split()[-2]) for line in update.splitlines()]
     assert savings == sorted(savings, reverse=True) and min(savings) > 0

@@ -15,7 +15,7 @@ records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and i
 the same code with another model folder and another data folder is the real thing.
 
 Read next: policy.py, rollout.py, tools.py, rewards.py, pack.py, grpo.py, in this order; paper.py last.
-Left out: several GPUs; a resumed run (checkpoint/ has what it will need).
+With several GPUs: many.py. Left out: a resumed run (checkpoint/ has what it will need).
 """
 
 import argparse

@@ -389,7 +389,7 @@ def cures(shape: Shapes, options, phase: str) -> list[str]:
         other = shapes_of(model_config(options.model), changed) if "lora_rank" in changes else shape
         saved = now - sum(phases(other, changed)[phase].values())
         if saved >= 5e7:
-            found.append((saved, f"  {flag:24} saves {saved / 1e9:.1f} GB"))
+            found.append((saved, f"  {flag:25} saves {saved / 1e9:.1f} GB"))
     return [line for _, line in sorted(found, reverse=True)] or ["  nothing left to lower: take a smaller model or a larger GPU"]
 
 
@@ -403,7 +403,7 @@ def out_of_memory(options, error: Exception) -> str:
     try:
         shape = shapes_of(model_config(options.model), options)
     except PolicyError as reason:
-        return f"the GPU's memory is full ({reason}); lower --rollout-batch, --eval-batch, --micro-batch or use --lora-rank 16"
+        return f"the GPU's memory is full ({reason}); lower --rollout-batch, --eval-batch, --micro-batch-tokens or use --lora-rank 16"
     table = phases(shape, options)
     likely = [name for name in PHASES.get(where, table) if name in table]
     lines = ["the GPU's memory is full" + (f" ({where})" if where else "") + ". What to lower, and how much it saves:"]

@@ -202,8 +202,8 @@ def parse_options(arguments: list[str]) -> Config:
 
 def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
-    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "rollout_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
-             "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
+    least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 1, "samples_per_step": 1, "group_size": 2,
+             "rollout_batch": 1, "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
              "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch_tokens": 1, "beta": 0.0, "seed": 0,
              "threads": 0, "step_side": 0, "passages": 1, "lora_rank": 0}
     for name, low in least.items():

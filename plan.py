@@ -26,7 +26,7 @@ from policy import LANGUAGE, PATCHES_AT_ONCE, PolicyError, adapter_config
 
 # name: (bf16 operations per second, bytes per second, bytes); vendors' data sheets, dense
 DEVICES = {"H200": (989e12, 4.8e12, 141e9), "H100": (989e12, 3.35e12, 80e9), "A100": (312e12, 2.04e12, 80e9),
-           "L40S": (362e12, 0.86e12, 48e9), "RTX 4090": (165e12, 1.01e12, 24e9)}
+           "L40S": (362e12, 0.86e12, 48e9), "RTX4090": (165e12, 1.01e12, 24e9)}
 REACHED = {"arithmetic": 0.4, "bandwidth": 0.5}     # shares of the above; plain torch without special kernels
 
 # What config.json of the published models says, for machines without hub and cache: width, MLP width, layers, heads,
@@ -299,7 +299,7 @@ def device_name(options) -> str:
     """The device to plan for: the one that is named, the one that is there, else H200."""
     if options.plan_device:
         return options.plan_device
-    there = torch.cuda.get_device_properties(0).name if torch.cuda.is_available() else ""
+    there = torch.cuda.get_device_properties(0).name.replace(" ", "") if torch.cuda.is_available() else ""
     return next((name for name in DEVICES if name in there), "H200")
 
 
@@ -343,8 +343,10 @@ def report(options) -> list[str]:
         f"step:   {options.samples_per_step} x {options.group_size} episodes of {episode.prompt} ids prompt, {episode.sampled} "
         f"sampled, {episode.observed} observed; {episode.images} images of {SIDE} x {SIDE}; {options.rollout_batch} side by side",
         "", *table_of(table), "",
-        f"peak:   {peak(table) / 1e9:.1f} GB in torch's tensors, and about 1 GB for CUDA; {device} has {DEVICES[device][2] / 1e9:.0f} GB",
-        f"time:   {sum(time.values()):.0f} s a step on one {device}: " + ", ".join(f"{k} {v:.1f}" for k, v in time.items() if v >= 0.05),
+        f"peak:   {peak(table) / 1e9:.1f} GB in torch's tensors, and about 1 GB for CUDA; "
+        f"{device} has {DEVICES[device][2] / 1e9:.0f} GB",
+        f"time:   {sum(time.values()):.0f} s a step on one {device}: "
+        + ", ".join(f"{phase} {value:.1f}" for phase, value in time.items() if value >= 0.05),
         f"        (an estimate: {REACHED['arithmetic']:.0%} of peak arithmetic, {REACHED['bandwidth']:.0%} of bandwidth; "
         "every turn as long as it may be; without tools)"]
     if peak(table) + RESERVE > DEVICES[device][2]:
@@ -403,7 +405,8 @@ def out_of_memory(options, error: Exception) -> str:
     try:
         shape = shapes_of(model_config(options.model), options)
     except PolicyError as reason:
-        return f"the GPU's memory is full ({reason}); lower --rollout-batch, --eval-batch, --micro-batch-tokens or use --lora-rank 16"
+        return (f"the GPU's memory is full ({reason}); lower --rollout-batch, --eval-batch or --micro-batch-tokens, or use "
+                "--lora-rank 16")
     table = phases(shape, options)
     likely = [name for name in PHASES.get(where, table) if name in table]
     lines = ["the GPU's memory is full" + (f" ({where})" if where else "") + ". What to lower, and how much it saves:"]

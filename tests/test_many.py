@@ -32,8 +32,9 @@ SPLITS = {"uneven": 3, "idle": 8}      # how many of the 8 episodes are rank 0's
 
 
 def options(**changes):
-    return SimpleNamespace(**dict(inner_epochs=1, minibatches=1, micro_batch_tokens=700, update="rows", temperature=1.0, loss_type="grpo", clip_low=0.2,
-                                  clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1.0, checkpointing="off") | changes)
+    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=700, update="rows", temperature=1.0, loss_type="grpo",
+                clip_low=0.2, clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1.0, checkpointing="off")
+    return SimpleNamespace(**base | changes)
 
 
 def learner(way):

@@ -174,10 +174,10 @@ def test_full_training_of_3b_by_hand():
 
 def test_the_rollout_batch_is_what_fits():
     assert completed().rollout_batch == completed().eval_batch == 128
-    assert completed(plan_device="RTX 4090").rollout_batch < 128
-    small = completed(model=M7, plan_device="RTX 4090")
+    assert completed(plan_device="RTX4090").rollout_batch < 128
+    small = completed(model=M7, plan_device="RTX4090")
     assert small.rollout_batch == 8 and completed(eval_batch=3).eval_batch == 3
-    _, table = planned(completed(model=M3, plan_device="RTX 4090"))
+    _, table = planned(completed(model=M3, plan_device="RTX4090"))
     assert sum(table["rollout"].values()) < 24e9
 
 
@@ -187,9 +187,9 @@ def test_the_rollout_batch_is_what_fits():
 def test_plan_prints_peak_and_seconds_and_reads_no_weights(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(arft, "load", None)
     monkeypatch.chdir(tmp_path)
-    assert main(["--task", "mat-coding", "--model", M7, "--plan", "--plan-device", "RTX 4090", "--lora-rank", "0"]) == 0
+    assert main(["--task", "mat-coding", "--model", M7, "--plan", "--plan-device", "RTX4090", "--lora-rank", "0"]) == 0
     said = capsys.readouterr().out
-    for word in ("8,292,166,656 weights", "keys and values", "master weights", "activations", "peak:", "s a step on one RTX 4090",
+    for word in ("8,292,166,656 weights", "keys and values", "master weights", "activations", "peak:", "s a step on one RTX4090",
                  "This does not fit. In the", "--lora-rank 16", "saves"):
         assert word in said, word
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +199,7 @@ def test_plan_prints_peak_and_seconds_and_reads_no_weights(capsys, monkeypatch, 
 
 def test_faster_devices_and_less_work_take_less_time():
     shape, _ = planned(completed())
-    h200, card = (sum(plan.seconds(shape, completed(rollout_batch=32), name).values()) for name in ("H200", "RTX 4090"))
+    h200, card = (sum(plan.seconds(shape, completed(rollout_batch=32), name).values()) for name in ("H200", "RTX4090"))
     assert h200 < card / 2
     one, two = (plan.seconds(shape, completed(inner_epochs=n), "H200")["update"] for n in (1, 2))
     assert one < two <= 2 * one

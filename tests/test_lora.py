@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import arft
 from arft import Config, main
 from conftest import ROOT
-from grpo import MasterAdamW, collate, episode_logp, optimizer_of, reference_logp, reference_of
+from grpo import MasterAdamW, episode_logp, optimizer_of, reference_logp, reference_of
+from pack import collate
 from policy import LORA_TARGETS, LoRA, PolicyError, load
 from rollout import Limits, rollout
 from test_grpo import options

@@ -5,6 +5,8 @@
     python arft.py --task mat-coding --check-data --data MAT what the files hold, and what is wrong with them
     python arft.py --task mat-coding --score FILE            the scores of a predictions file, without a model
     python arft.py --task mat-coding --compare A B           two of them, item by item
+    python arft.py --report RUN                              a run's report.html, made again
+    python arft.py --show-episode N RUN                      one episode, token by token
 
 What it teaches: the training loop as an outline. One step is
 
@@ -42,10 +44,12 @@ import grpo
 import many
 import paper
 import plan
+import report
 from data import mat, mini, mini_search
 from plan import DEVICES
 from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
-from record import HEADER, Run, score_row, table
+from record import Run, token_record, zero_loss_note
+from report import HEADER, ReportError, score_row, show_episode, table
 from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
                      score_predictions, step_reward, summarize)
 from rollout import Clock, Episode, Limits, rollout
@@ -95,11 +99,16 @@ class Config:
     save_merged: str | None = option(None, "write the adapter folder --model and its base as one ordinary model folder, this one")
     score: str | None = option(None, "print the scores of a predictions file, by both scorers")
     compare: list | None = option(None, "print what predictions file B is better than A by, item by item", values=("A", "B"))
+    report: str | None = option(None, "make report.html of this run folder again")
+    show_episode: list | None = option(None, "print the N-th episode of the run's tokens.jsonl, token by token",
+                                       values=("N", "RUN"))
     # evaluation and records
     eval_only: bool = option(False, "evaluate and stop")
     eval_every: int = option(0, "steps between evaluations during training; 0: only before and after")
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
     save_every: int = option(20, "steps between checkpoints; there is always one at the end")
+    record_tokens: str = option("on", "write each step's first group token by token to tokens.jsonl; costs one forward pass "
+                                      "of these episodes, without gradient, after the update", ("on", "off"))
     eval_batch: int | None = option(None, "samples evaluated side by side; default: 100 for data/tiny, else --rollout-batch")
     # the episode
     samples_per_step: int | None = option(None, "samples in a step; default: 8 for data/tiny, else 16 (the paper)")
@@ -111,7 +120,7 @@ class Config:
     max_turns: int = option(5, "turns in an episode; paper: 5 (in evaluation)")
     max_length: int = option(4096, "ids in an episode; an observation that does not fit ends it")
     # the tools
-    tools: str = option("on", "off: programs do not run, the image stays as it is (a control)", ("on", "off"))
+    tools: str = option("on", "off: programs do not run, the image stays as it is, nothing is searched (a control)", ("on", "off"))
     sandbox_workers: int = option(2, "programs that run side by side")
     sandbox_seconds: float = option(10.0, "wall-clock limit of one program, seconds")
     sandbox_memory: int = option(1024, "memory limit of one program, MB")
@@ -215,7 +224,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
-    instead = [name for name in ("check_data", "plan", "save_merged", "score", "compare") if getattr(config, name)]
+    instead = [name for name in ("check_data", "plan", "save_merged", "score", "compare", "report", "show_episode")
+               if getattr(config, name)]
     if len(instead) > 1:
         raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1].replace('_', '-')} cannot be had at once; choose one")
     for name in ("crop_box", "code_errors", "step_side"):
@@ -502,11 +512,14 @@ class Trainer:
                 rows = [i for i in rows if i in own]
                 stats = grpo.update(self.policy, self.reference, [episodes[i - own.start] for i in rows],
                                     advantages[rows], self.optimizer, config, self.generator)
+        recorded = episodes[:config.group_size] if config.record_tokens == "on" else []
+        tokens = [token_record(self.policy, episode, logp) for episode, logp
+                  in zip(recorded, grpo.frozen_logp(self.policy, recorded, config))]
         self.keep_features(None)
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
         self.steps += 1
         return {"episodes": gathered(episodes), "rewards": many.gather(rewards), "totals": totals, "advantages": advantages,
-                "stats": stats, "clock": clock, "seconds": time.perf_counter() - start}
+                "stats": stats, "tokens": tokens, "clock": clock, "seconds": time.perf_counter() - start}
 
     def state(self) -> dict:
         """What a resumed run needs beside the model."""
@@ -523,6 +536,8 @@ def train(trainer: Trainer, run: Run, held_out: list) -> None:
             with many.together(lambda error: explained(error, config)):
                 run.record_step(step, trainer.step())
                 tqdm.write(run.step_line())
+                if step == 1 and (why := zero_loss_note(config, run.metrics[-1])):
+                    tqdm.write(why)
                 if step == 1 and trainer.policy.device.type == "cuda":
                     tqdm.write(plan.beside(config, torch.cuda.max_memory_allocated()))
                 if config.eval_every and step % config.eval_every == 0:
@@ -619,6 +634,12 @@ def main(arguments: list[str]) -> int:
             return save_merged(config)
         if config.score:
             return score_file(config)
+        if config.report is not None:
+            print(report.write(config.report))
+            return 0
+        if config.show_episode is not None:
+            print(show_episode(*config.show_episode))
+            return 0
         return compare_files(config) if config.compare else start(config)
     except Exception as error:
         if not (known := explained(error, config)):
@@ -633,7 +654,7 @@ def explained(error: BaseException, config: Config) -> tuple[int, str] | None:
         return 1, plan.out_of_memory(config, error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the last checkpoint has what was learned until then"
-    known = (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError)
+    known = (UsageError, PolicyError, SandboxError, SearchRefused, mat.DataError, ReportError)
     return (2, str(error)) if isinstance(error, known) else None
 
 
@@ -691,7 +712,7 @@ def start(config: Config) -> int:
     with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
                  strict=config.sandbox == "strict") as sandbox:
         tools = Tools(sandbox, search, config.passages) if config.tools == "on" else Tools()
-        print(f"tools:  {sandbox.describe()}" if tools.sandbox else "tools:  off; programs return the image as it is")
+        print(f"tools:  {sandbox.describe()}" if tools.sandbox else "tools:  off; programs return the image as it is, searches find nothing")
         if search:
             print(f"search: {search.name}, {config.passages} passages; queries are compared with gold ones by: {similarity_name}")
         try:

@@ -292,12 +292,19 @@ def minibatches(policy: Policy, episodes: list[Episode], config, generator: torc
 
 
 def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
-    """Log-probs of each episode's sampled ids under the reference, [its length]: once a step, for all passes."""
+    """Log-probs of each episode's sampled ids under the reference: a frozen copy, or the policy without adapters."""
+    with reference.without_adapters():
+        return frozen_logp(reference, episodes, config)
+
+
+def frozen_logp(policy: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
+    """Log-probs of each episode's sampled ids, [its length], without a gradient: under the reference once a step, for
+    all passes; under the policy after its update, for the record."""
     logps = [None] * len(episodes)
-    for part in micro_batches(reference, episodes, config.micro_batch_tokens, config.update):
-        batch = pack(reference, [episodes[i] for i in part], config.update)
-        with torch.no_grad(), reference.without_adapters():
-            logp, _ = episode_logp(reference, batch, config.temperature)
+    for part in micro_batches(policy, episodes, config.micro_batch_tokens, config.update):
+        batch = pack(policy, [episodes[i] for i in part], config.update)
+        with torch.no_grad():
+            logp, _ = episode_logp(policy, batch, config.temperature)
         for i, row in zip(part, logp):
             logps[i] = row[:len(episodes[i].ids)]
     return logps

@@ -12,7 +12,9 @@ fork: a program costs a few milliseconds instead of a fresh interpreter's hundre
 trainer sends three open files, and the child receives and reads them.  The *child* is forked ahead, before its job
 comes, and puts up the walls of `LAYERS` in their order, in an empty directory; then it writes the input image there,
 runs the program, decodes the output image (a hostile file, hence still inside the jail) and leaves raw pixels in the
-third file.  The zygote watches the clock and the disk, and reports how it ended: that is all it says.
+third file.  The zygote watches the clock and the disk, and reports how it ended: that is all it says.  It kills the
+child and reports as soon as the child says that it is done; the process is waited for and its directory removed while
+the trainer goes on, and always before the next child is forked.
 
 Where the kernel is not Linux there are no walls to be had from Python; the child is then a fresh interpreter (to
 fork after numpy is not safe on macOS) with resource limits only.  `escapes` tries the jail from inside at the start
@@ -52,16 +54,32 @@ FILE_BYTES = 128 << 20              # the largest file, and the most a program c
 DISK_BYTES, DISK_FILES = 256 << 20, 1000    # the whole scratch directory, looked at every TICK
 OPEN_FILES = 32
 TICK = 0.1                          # seconds between two looks of the zygote at the clock and the disk
-STRIP = 32                          # rows of pixels that are handed over at a time
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ERROR_BYTES = 2000                  # of the error text; the trainer cuts it again
-HEADER = struct.Struct("<III")      # the result file: width, height, bytes of error text; the text; RGB pixels
+BUFFER = 1 << 16                    # bytes that are copied at a time: fresh memory is dear after a fork
+JOB = struct.Struct("<I")           # the first file: bytes of the program; the program; the input image
+RESULT = struct.Struct("<III")      # the third: width, height, bytes of error text; the text or the image as PPM
 LINUX = sys.platform == "linux"
 MODULES = """numpy numpy.fft numpy.linalg numpy.random PIL.Image PIL.ImageChops PIL.ImageColor PIL.ImageDraw
     PIL.ImageEnhance PIL.ImageFilter PIL.ImageFont PIL.ImageOps PIL.ImageStat unicodedata base64 bisect cmath
     collections colorsys contextlib copy dataclasses datetime decimal enum fractions functools glob hashlib heapq
     inspect io itertools json math operator pathlib random re shutil statistics string struct tempfile textwrap time
     traceback typing uuid warnings""".split()
+# What programs do, on a small picture: modules make much of what they need only when it is first asked for.
+REHEARSAL = f"""
+from PIL import Image
+import numpy as np
+Image.new("RGB", (64, 64)).save("{INPUT}", "PPM")
+image = Image.open("{INPUT}").rotate(90, expand=True).crop((0, 0, 32, 32)).resize((64, 64), Image.LANCZOS)
+image = Image.fromarray(np.clip(np.asarray(image).astype(np.float32) * 1.5, 0, 255).astype(np.uint8))
+image.save("{OUTPUT}")
+Image.open("{OUTPUT}").convert("RGB")
+try:
+    import cv2
+    cv2.imwrite("{OUTPUT}", cv2.medianBlur(cv2.flip(cv2.imread("{INPUT}"), -1), 3))
+except ImportError:
+    pass
+"""
 
 
 @dataclass
@@ -177,7 +195,7 @@ ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite6
     poll:7:- ppoll:271:73 select:23:- pselect6:270:72 alarm:37:- setitimer:38:103 getitimer:36:102 pause:34:-
     unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276 ftruncate:77:46
     fsync:74:82 fdatasync:75:83 copy_file_range:326:285 sendfile:40:71 umask:95:166 getrlimit:97:163
-    exit:60:93 exit_group:231:94"""
+    exit:60:93 exit_group:231:94 recvmsg:47:212"""    # the last is how the child gets its job: a program has no socket
 # Answers that keep honest programs alive: shutil.copy may think that it changed modes and times, files have no
 # attributes, and nothing is a terminal.
 PRETENDED = """chmod:90:- fchmod:91:52 fchmodat:268:53 chown:92:- fchown:93:55 lchown:94:- fchownat:260:54
@@ -251,47 +269,72 @@ def preload(jail: Jail) -> None:
         importlib.import_module("cv2").setNumThreads(0)     # the jail allows one thread
 
 
+def rehearse() -> None:
+    """Run REHEARSAL here, so that a fork has what it leaves behind.  A machine where it fails is only slower."""
+    with suppress(Exception):
+        exec(compile(REHEARSAL, "<program>", "exec"), {"__name__": "__main__"})
+    for name in (INPUT, OUTPUT):
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def leave_fresh_memory() -> None:
+    """Let the next large blocks of malloc come from memory that was never used: a fork gets it as huge pages.
+
+    A page that the zygote has used, even if it is free by now, would be copied, 4 KB at a time, at a program's first
+    write.  So free memory is returned, its holes are filled with blocks that nobody touches, and the rest of the
+    huge page (2 MB) at the end of the heap is given away but for some room for the zygote's own needs.
+    """
+    if not hasattr(libc, "malloc_trim"):        # only glibc
+        return
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc_trim(0)
+    end, block, huge, room = libc.sbrk(ctypes.c_long(0)), 0, 2 << 20, 128 << 10
+    while block < end:
+        block = libc.malloc(ctypes.c_long(BUFFER))
+    libc.malloc(ctypes.c_long(2 * huge - (block + BUFFER) % huge - room))
+
+
 def child(jail: Jail, trainer: socket.socket, alive: int) -> None:
     """The life of one program, from the fork to the end of the process.  Does not return.
 
-    The child is started ahead of its job: it puts up its walls while it waits for the trainer's message, except the
-    last, which would not let it receive one.  alive: a pipe; the zygote reads there that the job has come, and sees it
-    closing when this process is gone.
+    The child is started ahead of its job: its walls are up when the trainer's message comes.  alive: a pipe; the
+    zygote reads there that the job has come and that it is done, and sees it closing when this process is gone.
     """
     status = 1
     try:
-        error, late = "", [name for name in jail.layers if name == "seccomp"]
+        error = ""
         try:
             os.setsid()
             os.chdir(os.path.join(jail.base, "run"))
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             os.dup2(0, 2)
-            lock(jail, *[name for name in jail.layers if name not in late])
             seed_everything()
+            lock(jail, *jail.layers)
         except OSError as problem:
             error = f"the sandbox could not be locked ({problem})"
         message, files, _, _ = socket.recv_fds(trainer, 1, 3)
         if message:
             os.write(alive, message)
             job, output, result = files
-            image, error = play(jail, error, late, job, output, result, alive)
+            image, error = play(error, job, output, result, alive)
             write_result(result, image, error)
+            os.write(alive, message)    # the zygote need not wait until the memory of this process is given back
         status = 0
     finally:
         os._exit(status)        # no atexit, no destructor, no way back into the zygote's loop
 
 
-def play(jail: Jail, error: str, late: list[str], job: int, output: int, result: int, alive: int) -> tuple:
+def play(error: str, job: int, output: int, result: int, alive: int) -> tuple:
     """Run the job: (image, error).  job: the program and the input image; output: what it prints."""
     os.dup2(output, 1)
     try:
         with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb", buffering=0) as image:
             file.seek(0)
-            source = file.read(struct.unpack("<I", file.read(4))[0])
-            shutil.copyfileobj(file, image, 1 << 16)    # one small buffer, see STRIP
-        close_all_but_standard_and(result, alive)       # the trainer's socket above all
-        lock(jail, *late)
-    except OSError as problem:                          # a full disk
+            source = file.read(*JOB.unpack(file.read(JOB.size)))
+            shutil.copyfileobj(file, image, BUFFER)
+        close_all_but_standard_and(result, alive)   # the trainer's socket above all
+    except OSError as problem:                      # a full disk
         error = error or f"the sandbox could not start the program ({problem})"
     error = error or run_program(source)
     return (None, error) if error else read_output()
@@ -378,9 +421,9 @@ def write_result(result: int, image, error: str) -> None:
     text = error.encode(errors="replace")[:ERROR_BYTES]
     width, height = image.size if image else (0, 0)
     with open(result, "wb", closefd=False) as file:
-        file.write(HEADER.pack(width, height, len(text)) + text)
-        for top in range(0, height, STRIP):     # in strips: fresh memory is dear after a fork
-            file.write(image.crop((0, top, width, min(top + STRIP, height))).tobytes())
+        file.write(RESULT.pack(width, height, len(text)) + text)
+        if image:
+            image.save(file, "PPM")     # a line of text and raw pixels, in pieces
 
 
 # --- The zygote ------------------------------------------------------------------------------------------------------
@@ -453,32 +496,37 @@ def launch(jail: Jail, trainer: socket.socket, alive: int) -> int:
                                            *map(str, fds)], os.environ)
 
 
-def execute(jail: Jail, trainer: socket.socket) -> str:
-    """One program in a fresh scratch directory; why it had to be stopped or died, or an empty string."""
+def execute(jail: Jail, trainer: socket.socket) -> None:
+    """One program in a fresh scratch directory.  The reply says why it had to be stopped or died, if it did."""
     scratch = os.path.join(jail.base, "run")
     os.mkdir(scratch, 0o700)        # a left-over would raise, and the trainer would replace this worker
     gone, alive = os.pipe()
     pid = launch(jail, trainer, alive)
     os.close(alive)
     try:
-        stopped = watch(jail, trainer, gone, scratch)
+        end = watch(jail, trainer, gone, scratch)
+        os.stat(scratch)        # is it gone?  Then so is this worker; the trainer starts another and tries again
+        if end is not None:     # reply at once: what it may still do before the signal arrives is nobody's any more
+            kill(pid)
+            reply(trainer, end)
     finally:
-        for kill in (os.killpg, os.kill):   # it may only have closed the pipe; without seccomp it may have children
-            with suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
+        kill(pid)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.close(gone)
-        os.stat(scratch)        # is it gone?  Then so is this worker; the trainer starts another and tries again
         wipe(scratch)
-    if stopped or code == 0:
-        return stopped
-    if code < 0:
-        return f"the program was killed ({signal.strsignal(-code)})"
-    return f"the program ended its own process (exit status {code})"
+    if end is None:
+        reply(trainer, f"the program was killed ({signal.strsignal(-code)})" if code < 0 else
+              f"the program ended its own process (exit status {code})")
 
 
-def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str:
-    """Wait until the child is gone or has to go; return the reason to stop it, or an empty string."""
+def kill(pid: int) -> None:
+    for send in (os.killpg, os.kill):       # it may only have closed the pipe; without seccomp it may have children
+        with suppress(ProcessLookupError, PermissionError):
+            send(pid, signal.SIGKILL)
+
+
+def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str | None:
+    """Wait for the end of the child: the reason to stop it, "" if it says that it is done, None if it is gone."""
     events = select.poll()
     events.register(trainer, select.POLLHUP)    # no event but the end: the trainer is gone
     events.register(gone, select.POLLIN)
@@ -488,17 +536,21 @@ def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str:
         ready = dict(events.poll(1000 * max(0.0, min(TICK, left))))
         if trainer.fileno() in ready or os.getppid() != jail.parent:
             raise ConnectionError("the trainer is gone")
-        if not deadline and ready.get(gone, 0) & select.POLLIN:
-            deadline = time.monotonic() + jail.seconds
-            events.register(gone, select.POLLHUP)   # only its end counts now: a program may write to the pipe
-        elif gone in ready:
-            if not deadline:
+        if gone in ready:
+            said = os.read(gone, 1)
+            if not said and not deadline:
                 raise ChildProcessError("a child died before its job came")
-            return ""
+            if not said or deadline:            # a program that says "done" itself has ended itself
+                return "" if said else None
+            deadline = time.monotonic() + jail.seconds
         elif left <= 0:
             return f"the program ran longer than {jail.seconds:g} s"
         elif deadline and disk_is_full(scratch):
             return f"the program wrote more than {DISK_BYTES >> 20} MB or {DISK_FILES} files"
+
+
+def reply(trainer: socket.socket, error: str) -> None:
+    trainer.sendall(json.dumps({"error": error}).encode() + b"\n")
 
 
 def disk_is_full(scratch: str) -> bool:
@@ -521,15 +573,6 @@ def wipe(directory: str) -> None:
         subprocess.run(["rm", "-rf", "--", directory], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def serve(jail: Jail, trainer: socket.socket) -> None:
-    """Say hello, then answer for one child after the other; the children read the trainer's messages."""
-    hello = {"base": jail.base, "layers": jail.layers, "escapes": escapes(jail)}
-    trainer.sendall(json.dumps(hello).encode() + b"\n")
-    while True:
-        reply = {"error": execute(jail, trainer)}
-        trainer.sendall(json.dumps(reply).encode() + b"\n")
-
-
 def main(role: str, jail: Jail, *fds: int) -> None:
     os.set_inheritable(fds[0], False)
     trainer = socket.socket(fileno=fds[0])
@@ -542,11 +585,16 @@ def main(role: str, jail: Jail, *fds: int) -> None:
         jail.zygote, jail.fork = os.getpid(), jail.fork and "fork" not in jail.without
         if jail.fork:
             preload(jail)
+            rehearse()
             gc.freeze()                 # the collector would touch, and so copy, every page after each fork
             with suppress(KeyError):
                 seccomp_program(os.uname().machine)     # likewise made once
         jail.layers = available_layers(jail)
-        serve(jail, trainer)
+        hello = {"base": jail.base, "layers": jail.layers, "escapes": escapes(jail)}
+        leave_fresh_memory()
+        trainer.sendall(json.dumps(hello).encode() + b"\n")
+        while True:
+            execute(jail, trainer)
     except ConnectionError:
         pass                            # the trainer is gone; nothing is left to say
     except OSError as problem:

@@ -44,7 +44,6 @@ import queue
 import re
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
 import sysconfig
@@ -67,10 +66,10 @@ import jail
 
 OUTPUT_CHARACTERS = 2000        # of what a program printed, its beginning and its end
 ERROR_CHARACTERS = 500
-# All memory of a worker on one heap of huge pages: after a fork every page costs a fault at its first use, and this
-# makes an image program a quarter faster (glibc only, ignored elsewhere).
-ONE_HEAP = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:"
-                                                        "glibc.malloc.top_pad=8388608"}
+# Large blocks on one heap of huge pages that is not given back: after a fork every page costs a fault at its first use
+# (glibc only, ignored elsewhere).
+ONE_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:"
+                              "glibc.malloc.trim_threshold=268435456:glibc.malloc.top_pad=16777216"}
 
 
 @dataclass(frozen=True)
@@ -319,16 +318,16 @@ class Worker:
         start = time.perf_counter()
         source = code.encode(errors="replace")
         with open_buffer() as job, open_buffer() as output, open_buffer() as result:
-            job.write(struct.pack("<I", len(source)) + source)
+            job.write(jail.JOB.pack(len(source)) + source)
             job.write(picture)
             job.flush()
             socket.send_fds(self._socket, [b"!"], [job.fileno(), output.fileno(), result.fileno()])
             error = self._reply()["error"]
-            # The only process that could write to these files is dead by now.
+            result.seek(0)          # the child is killed, if not yet gone: each byte is read once, and checked
             image, problem = read_result(result) if not error else (None, error)
             stdout = self._tidy(read_text(output.fileno()))
         if problem:
-            problem = " ".join(self._tidy(problem).split())[:ERROR_CHARACTERS]
+            problem = " ".join(self._tidy(problem).split())[:ERROR_CHARACTERS] or "an error without words"
         return Execution(image, stdout, problem, time.perf_counter() - start)
 
     def _reply(self) -> dict:
@@ -378,10 +377,9 @@ def library_directories() -> tuple[list[str], list[str]]:
 
 
 def encode(image: Image.Image) -> bytes:
-    """The input file: BMP holds the same pixels as PNG in a fraction of the time; readers look at content, not name."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "BMP")
-    return buffer.getvalue()
+    """The input file: PPM is a line of text and raw pixels, quick to write and to read; readers ignore the name."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return b"P6\n%d %d\n255\n" % image.size + image.tobytes()
 
 
 def open_buffer():
@@ -390,17 +388,18 @@ def open_buffer():
 
 
 def read_result(file) -> tuple[Image.Image | None, str | None]:
-    """(image, None) or (None, error) from the file that the child filled; its content is not trusted."""
-    file.seek(0)
-    header = file.read(jail.HEADER.size)
-    if len(header) == jail.HEADER.size:
-        width, height, length = jail.HEADER.unpack(header)
+    """(image, None) or (None, error) from what the child sent; it is not trusted.  Never waits for more than that."""
+    header = file.read(jail.RESULT.size)
+    if len(header) == jail.RESULT.size:
+        width, height, length = jail.RESULT.unpack(header)
         if length:
             return None, file.read(min(length, jail.ERROR_BYTES)).decode(errors="replace")
         if 0 < width * height <= jail.PIXELS:
-            pixels = file.read(3 * width * height + 1)
-            if len(pixels) == 3 * width * height:
-                return Image.frombytes("RGB", (width, height), pixels), None
+            start = b"P6\n%d %d\n255\n" % (width, height)
+            if file.read(len(start)) == start:
+                pixels = file.read(3 * width * height)
+                if len(pixels) == 3 * width * height:
+                    return Image.frombytes("RGB", (width, height), pixels), None
     return None, "the program ended its own process"
 
 

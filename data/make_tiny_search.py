@@ -54,7 +54,7 @@ def demonstrate(policy: Policy, rng, read_only: bool) -> tuple[Episode, list[flo
     copying, and nothing about when to search.
     """
     question, ships = QUESTIONS[rng.integers(len(QUESTIONS))], [str(n) for n in rng.choice(NUMBERS, 4, replace=False)]
-    world = mini_search.make_world(ships, TOWNS, PEOPLE, rng)
+    world = mini_search.make_world(ships, TOWNS, PEOPLE, PEOPLE, rng)
     image = policy.image_input(mini.draw_sign(ships[0], rng))
     demo = Demonstration(policy, rng, read_only)
     demo.observe(policy.prompt_ids(question.text, [image]), [image])
@@ -123,7 +123,7 @@ def corpus():
     """The demonstrator's language, for the tokenizer: every name often enough to become one id."""
     rng = np.random.default_rng(1)
     for _ in range(150):
-        world = mini_search.make_world([str(n) for n in rng.choice(NUMBERS, 6, replace=False)], TOWNS, PEOPLE, rng)
+        world = mini_search.make_world([str(n) for n in rng.choice(NUMBERS, 6, replace=False)], TOWNS, PEOPLE, PEOPLE, rng)
         yield rollout.information([passage(told) for told in mini_search.passages(world)])
         for question in QUESTIONS:
             yield SYSTEM + "\n" + question.text

@@ -91,15 +91,17 @@ def pool(names: list[str], split: str) -> list[str]:
     return names[:cut] if split == "train" else names[cut:]
 
 
-def make_world(numbers: list[str], towns: list[str], people: list[str], rng: np.random.Generator) -> World:
+def make_world(numbers: list[str], towns: list[str], captains: list[str], mayors: list[str],
+               rng: np.random.Generator) -> World:
     """Random facts about these ships, towns and people."""
-    return World({number: {"town": str(rng.choice(towns)), "captain": str(rng.choice(people))} for number in numbers},
-                 {town: str(rng.choice(people)) for town in towns}, {person: str(rng.choice(towns)) for person in people})
+    return World({number: {"town": str(rng.choice(towns)), "captain": str(rng.choice(captains))} for number in numbers},
+                 {town: str(rng.choice(mayors)) for town in towns}, {name: str(rng.choice(towns)) for name in captains})
 
 
 def worlds(seed: int = 0) -> dict[str, World]:
-    """The training and the held-out half of MAT-mini's world; they share no ship, town or person."""
-    return {split: make_world(mini.texts(split), pool(TOWNS, split), pool(PEOPLE, split),
+    """The training and the held-out half of MAT-mini's world; they share no ship, town or person. Nobody is both captain
+    and mayor."""
+    return {split: make_world(mini.texts(split), pool(TOWNS, split), pool(PEOPLE, split)[::2], pool(PEOPLE, split)[1::2],
                               np.random.default_rng([seed, 77, split == "train"])) for split in ("train", "test")}
 
 

@@ -4,9 +4,10 @@
     policy = make_policy("3b", "cuda", torch.bfloat16)
 
 "3b" and "7b" are Qwen2.5-VL-3B-Instruct's and -7B-Instruct's config.json, every size of text model and vision tower;
-"small" has their proportions and runs on a CPU; "tiny" is data/tiny's config. The tokenizer is that of data/tiny: ids
-are few, but the vocabulary matrix has the published rows, and that is what takes time and memory. The image processor
-has the published limits on pixels. On the meta device a policy has shapes and no weights.
+"small" runs on a CPU; "slice" is one layer of 3B at half its width, nearer to its balance of matrices and attention;
+"tiny" is data/tiny's config. The tokenizer is that of data/tiny: ids are few, but the vocabulary matrix has the
+published rows, and that is what takes time and memory. The image processor has the published limits on pixels. On the
+meta device a policy has shapes and no weights.
 """
 
 import copy
@@ -48,6 +49,7 @@ SHAPES = {
     "3b": shape(2048, 11008, 36, 16, 2, 151936, True, [16, 24, 24], TOWER),
     "7b": shape(3584, 18944, 28, 28, 4, 152064, False, [16, 24, 24], TOWER),
     "small": shape(256, 1024, 4, 4, 2, 8192, True, [8, 12, 12], (4, 128, 512, 4, [1, 3])),
+    "slice": shape(1024, 5504, 1, 8, 1, 8192, True, [16, 24, 24], (4, 128, 512, 4, [1, 3])),
     "tiny": None}
 
 

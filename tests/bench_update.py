@@ -4,10 +4,11 @@
     python tests/bench_update.py --device cuda --shape 3b             random weights of the published shape, bfloat16
 
 Groups of equally long episodes with an image in the prompt, random ids, random weights (bench_shapes.py). Rounds go
-through the layouts in turn, so that a busy machine is busy for both; the median is printed. The optimiser is plain SGD
-with rate 0: what AdamW costs is the same for both, and the weights stay as they are. "ids/s" counts the ids of the
-episodes as they are, prompts again and again; arithmetic is that of the ids which went through the model, forward and
-backward (6 operations for each weight and id, and attention's), not what checkpointing computes again.
+through the layouts in turn, so that a busy machine is busy for both; the median is printed; on a CPU the seconds are
+those of the processor. The optimiser is plain SGD with rate 0: what AdamW costs is the same for both, and the weights
+stay as they are. "ids/s" counts the ids of the episodes as they are, prompts again and again; arithmetic is that of the
+ids which went through the model, forward and backward (6 operations for each weight and id, and attention's), not what
+checkpointing computes again. Equal gradients (their norms) say that both did the same work.
 
 tests/bench_gpu.py prints the same as its part "update".
 """
@@ -24,7 +25,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from bench_shapes import SHAPES, make_policy
-from grpo import group_advantages, reference_logp, update
+from grpo import frozen_logp, group_advantages, update
 from pack import micro_batches, pack
 from policy import Policy
 from rollout import Episode
@@ -69,22 +70,24 @@ def operations(policy: Policy, episodes: list[Episode], layout: str, limit: int)
 
 
 class Meter:
-    """Seconds, and on CUDA the peak of memory in GiB, of what runs inside; `seconds` and `peak` are of the last."""
+    """Of what ran inside last: `seconds`, and on CUDA `peak`, the most memory in GiB. On a CPU the seconds are those of
+    the processor in all threads, so that other programs do not count."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.clock = time.perf_counter if self.cuda else time.process_time
 
     def __enter__(self):
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        self.start = time.perf_counter()
+        self.start = self.clock()
         return self
 
     def __exit__(self, *error):
         if self.cuda:
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self.start
+        self.seconds = self.clock() - self.start
         self.peak = torch.cuda.max_memory_allocated() / 2 ** 30 if self.cuda else None
 
 
@@ -107,7 +110,7 @@ def measure(policy: Policy, episodes: list[Episode], group_size: int, config, ro
             done = {"update_gib": meter.peak, "grad_norm": stats["grad_norm"]}
             updates.append(meter.seconds)
             with meter:
-                reference_logp(policy, episodes, config)
+                frozen_logp(policy, episodes, config)
             references.append(meter.seconds)
             results[layout] |= done | {"reference_gib": meter.peak}
     for layout, (updates, references) in seconds.items():       # the first round warms up

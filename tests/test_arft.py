@@ -101,7 +101,7 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
                     "--flat-groups", "keep")
     assert code == 0
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "episodes.jsonl", "predictions-before.json", "predictions-after.json",
+        "config.json", "metrics.jsonl", "metrics.csv", "episodes.jsonl", "tokens.jsonl", "evaluations.jsonl", "predictions-before.json", "predictions-after.json",
         "summary.json", "report.html", "checkpoint", "model", "images"}
     metrics = lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]

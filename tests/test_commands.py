@@ -9,6 +9,7 @@ import pytest
 
 import arft
 import record
+import report
 from arft import Config, UsageError, main
 from conftest import ROOT
 from data import mat
@@ -231,8 +232,10 @@ def test_check_data_fetches_the_test_file_alone(hub, capsys, no_model):
     (["--task", "2wiki", "--eval-only"],
      "hf download RUC-NLPIR/FlashRAG_datasets 2wikimultihopqa/dev.jsonl --repo-type dataset --local-dir DIR"),
     (["--task", "mat-search", "--eval-only"], "hf download laolao77/MAT --repo-type dataset --local-dir DIR")])
-def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys, no_model, arguments, command):
+def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys, no_model, monkeypatch, arguments,
+                                                                               command):
     hub(reachable=False)
+    monkeypatch.setattr(arft, "is_small", lambda model: False)      # for an embedded model, MAT-mini would be drawn
     code, _, err = said_by(capsys, *arguments, "--model", ROOT / "data" / "tiny")
     assert code == 2 and command in err and "--data DIR" in err and "OSError" in err and err.count("\n") == 2
 
@@ -300,7 +303,7 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
         assert summary["em"] == right and summary[other]["em"] == 1 - right and scorer not in summary
         assert summary["by_problem"]["none"]["em"] == right
         assert arft.score(episodes, config)[0].answer == right
-        text = record.table({"before": summary | {"sampled": summary}})
+        text = report.table({"before": summary | {"sampled": summary}})
         assert numbers(text, f"  {other} scorer")[1] == 100 * (1 - right)
         assert numbers(text, "before, greedy")[1] == 100 * right
 

@@ -215,7 +215,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(fresh_policy, episodes, vi
     assert not any("forward" in vars(layer) for layer in [*model.language_model.layers, *model.visual.blocks])
 
 
-def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, sandbox, monkeypatch):
+def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools, monkeypatch):
     """Rollout, two passes of the update and the reference: one row of the tower's grid for each different image."""
     seen, visual = [], type(fresh_policy.model.model.visual)
     forward = visual.forward
@@ -226,7 +226,7 @@ def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, sandb
         config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, max_new_tokens=96, lr=1e-3, vision=vision,
                         inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows", checkpointing="off",
                         flat_groups="keep")
-        trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), sandbox, config)
+        trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), tools, config)
         done = trainer.step()
         assert fresh_policy.kept is None and trainer.reference.kept is None
         images = {image for episode in done["episodes"] for image in episode.images}

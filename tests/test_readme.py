@@ -12,7 +12,8 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["grpo", "pack", "paper", "policy", "rewards", "rollout", "tools", "data.mat", "data.mini"])
+@pytest.mark.parametrize("name", ["grpo", "pack", "paper", "policy", "record", "report", "rewards", "rollout", "tools",
+                                  "data.mat", "data.mini"])
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0

@@ -640,13 +640,62 @@ for fd in range(3, 32):
     ("struct.pack('<III', 9, 9, 0) + bytes(243)", "os.abort()"),
 ])
 def test_the_reply_cannot_be_forged(hasty, picture, reply, end):
-    """What the trainer reads after the program is dead is checked, and the next reply is the next program's."""
+    """What the trainer reads after the program's end is checked, and the next reply is the next program's."""
     worker = hasty._workers[0]._process
     execution = hasty.run(FORGE.format(reply=reply) + end, picture)
     assert execution.image is None and execution.error
     assert hasty._workers[0]._process is worker, "the reply should be refused, not the worker lost"
     assert hasty.run("print('mine')", picture).stdout == "mine\n"
     assert healthy(hasty, picture)
+
+
+SAY_DONE = """
+import os, struct
+picture = {picture}
+for fd in range(3, 32):             # the result is a file, the way to the zygote a pipe
+    try:
+        os.lseek(fd, 0, 0)
+        os.write(fd, picture)
+    except OSError: pass
+print('done')
+for fd in range(3, 32):
+    try:
+        os.write(fd, b'!')
+    except OSError: pass
+while True: pass
+"""
+
+
+def test_a_program_that_says_itself_that_it_is_done_has_ended_itself(hasty, picture):
+    """It is killed at once, and the picture that it forged is no more than one that it could have saved."""
+    worker = hasty._workers[0]._process
+
+    def forge(forged: str):
+        execution = hasty.run(SAY_DONE.format(picture=forged), picture)
+        assert execution.stdout == "done\n"
+        return execution.image.tobytes() if execution.image else execution.error
+
+    lost = "the program ended its own process"
+    assert forge("struct.pack('<III', 9, 9, 0) + b'P6\\n9 9\\n255\\n' + bytes(243)") == bytes(243)
+    assert forge("struct.pack('<III', 9, 9, 0) + b'P6\\n9 9\\n255\\n' + bytes(200)") == lost
+    assert forge("struct.pack('<III', 9, 9, 0) + b'P5\\n9 9\\n255\\n' + bytes(243)") == lost
+    assert forge("struct.pack('<III', 9, 9, 1) + b' '") == "an error without words"
+    assert healthy(hasty, picture) and hasty._workers[0]._process is worker
+
+
+def test_a_program_holds_no_socket(box, picture):
+    """The child may receive its job, a call that is left to the program: there is nothing to receive from."""
+    stdout = box.run("import os, stat\nfor fd in range(1024):\n    try: print(stat.S_ISSOCK(os.fstat(fd).st_mode))\n"
+                     "    except OSError: pass", picture).stdout
+    assert set(stdout.split()) == {"False"}
+
+
+def test_the_rehearsal_is_a_program_that_works_and_leaves_nothing(box, picture):
+    execution = box.run(jail.REHEARSAL, picture)
+    assert execution.error is None and execution.image.size == (64, 64)
+    look = "import os, warnings\nfrom PIL import Image\nprint(os.listdir(), Image.MAX_IMAGE_PIXELS, dir())"
+    names = ["Image", "__builtins__", "__doc__", "__loader__", "__name__", "__package__", "__spec__", "os", "warnings"]
+    assert box.run(look, picture).stdout == f"['{jail.INPUT}'] {Image.MAX_IMAGE_PIXELS} {names}\n"
 
 
 # Life and death.
@@ -774,7 +823,8 @@ def test_a_closed_sandbox_leaves_nothing_and_refuses(picture, tmp_path, monkeypa
     with Sandbox(workers=2) as sandbox:
         assert len(os.listdir(tmp_path)) == 2
         assert healthy(sandbox, picture) and healthy(sandbox, picture)
-        assert not list(tmp_path.glob("*/run/*"))
+        assert wait_for(lambda: not list(tmp_path.glob("*/run/*")))     # the reply comes first
+        assert {path.name for path in tmp_path.glob("*/*")} <= {"run", "outside"}
         workers = [worker._process.pid for worker in sandbox._workers]
     assert os.listdir(tmp_path) == [] and not any(map(alive, workers))
     with pytest.raises(RuntimeError, match="closed"):

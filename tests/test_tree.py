@@ -6,7 +6,7 @@ import torch
 import paper
 import rollout
 from data.mat import StepSample
-from grpo import episode_logp, group_advantages, minibatches, policy_loss, reference_logp, reference_of
+from grpo import episode_logp, frozen_logp, group_advantages, minibatches, policy_loss, reference_of
 from pack import collate, cut, groups_of, micro_batches, pack, sight, tree, tree_length
 from rollout import Episode, Limits
 from test_grpo import gradient_of, options
@@ -124,9 +124,9 @@ def test_an_update_is_the_same_as_a_tree_and_however_it_is_cut(fresh_policy, epi
 
 
 def test_the_reference_is_the_same(fresh_policy, episodes):
-    plain = reference_logp(fresh_policy, episodes, options())
+    plain = frozen_logp(fresh_policy, episodes, options())
     for limit in (10 ** 6, 220, 1):
-        trees = reference_logp(fresh_policy, episodes, options(update="tree", micro_batch_tokens=limit))
+        trees = frozen_logp(fresh_policy, episodes, options(update="tree", micro_batch_tokens=limit))
         for one, other in zip(plain, trees):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -171,13 +171,13 @@ def test_minibatches_of_trees_are_whole_groups(fresh_policy, episodes):
 
 
 @pytest.mark.parametrize("protocol", ["episodes", "paper"])
-def test_real_groups_share_their_prompts(fresh_policy, samples, sandbox, protocol):
+def test_real_groups_share_their_prompts(fresh_policy, samples, tools, protocol):
     """What rollout and paper.rollout return are groups; scored as trees, ids have the log-probs of their sampling."""
     drawn = samples(("dark",), ("rotation90", "noise"))
     if protocol == "paper":
         drawn = [StepSample(**vars(sample), kind="answer", context="<think> I look. </think>") for sample in drawn]
     play = rollout.rollout if protocol == "episodes" else paper.rollout
-    episodes = play(fresh_policy, drawn, group_size=3, tools=sandbox, limits=Limits(max_new_tokens=60),
+    episodes = play(fresh_policy, drawn, group_size=3, tools=tools, limits=Limits(max_new_tokens=60),
                     generator=torch.Generator().manual_seed(1))
     assert groups_of(fresh_policy, episodes) == [[0, 1, 2], [3, 4, 5]]
     batch = tree(fresh_policy, episodes)

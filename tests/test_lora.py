@@ -80,9 +80,9 @@ def test_targets_choose_the_layers(fresh_policy):
 # --- the reference is LoRA off ---------------------------------------------------------------------------------------
 
 
-def test_the_reference_is_the_model_without_adapters(adapted, policy, samples, sandbox):
+def test_the_reference_is_the_model_without_adapters(adapted, policy, samples):
     """Trained adapters, and yet the reference's log-probs are those of the untouched checkpoint; no second model."""
-    episodes = rollout(policy, samples(("dark",)), group_size=2, tools=sandbox, limits=Limits(max_new_tokens=64),
+    episodes = rollout(policy, samples(("dark",)), group_size=2, tools=None, limits=Limits(max_new_tokens=64),
                        generator=torch.Generator().manual_seed(1))
     disturb(adapted)
     assert reference_of(adapted) is adapted

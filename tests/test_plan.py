@@ -217,7 +217,7 @@ def test_out_of_memory_ends_with_what_to_lower(tmp_path, monkeypatch, capsys):
     true = plan.model_config
     monkeypatch.setattr(plan, "model_config", lambda name: true(M3))     # the small model, planned as if it were 3B
     code = main(["--steps", "1", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "2", "--max-turns", "2",
-                 "--flat-groups", "keep", "--out", str(tmp_path / "run")])
+                 "--flat-groups", "keep", "--micro-batch-tokens", "8192", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert code == 1 and "the GPU's memory is full (update)" in said and "Traceback" not in said
     config = Config(**{k: v for k, v in json.loads((tmp_path / "run" / "config.json").read_text()).items()

@@ -18,7 +18,7 @@ records, messages. Without a GPU it trains data/tiny on MAT-mini, for real and i
 the same code with another model folder and another data folder is the real thing.
 
 Read next: policy.py, rollout.py, tools.py, rewards.py, pack.py, grpo.py, in this order; paper.py last.
-Left out: several GPUs; LoRA.
+With several GPUs: many.py. Left out: what more than one run at a time would need.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"        # many GPUs: rank 0 prints
 
 import numpy as np
 import torch
@@ -41,11 +43,14 @@ import transformers
 from tqdm import tqdm
 
 import grpo
+import many
 import paper
+import plan
 import report
 import resume
 from data import mat, mini, mini_search
-from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, check_name, load
+from plan import DEVICES
+from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
 from record import Run, token_record, zero_loss_note
 from report import HEADER, ReportError, score_row, show_episode, table
 from resume import RunError
@@ -93,8 +98,11 @@ class Config:
                                              "trained with, else our own")
     protocol: str = option("episodes", "episodes: several turns, tools in the loop; paper: one growing message, training "
                                        "on single steps (paper.py)", ("episodes", "paper"))
-    # instead of a run; none of these loads a model
+    # instead of a run; none of these loads a model but --save-merged
+    plan: bool = option(False, "print what the run would take of a GPU: memory by part and phase, seconds a step (plan.py)")
+    plan_device: str | None = option(None, "the GPU to plan for; default: the one that is there, else H200", tuple(DEVICES))
     check_data: bool = option(False, "print what the data files hold and every defect; exit code 1 if there is one")
+    save_merged: str | None = option(None, "write the adapter folder --model and its base as one ordinary model folder, this one")
     score: str | None = option(None, "print the scores of a predictions file, by both scorers")
     compare: list | None = option(None, "print what predictions file B is better than A by, item by item", values=("A", "B"))
     resume: str | None = option(None, "go on with this run folder from its last checkpoint, with its own options")
@@ -110,10 +118,12 @@ class Config:
                                           "data/tiny, else 0 (one of a whole 3B model is about 20 GB)")
     record_tokens: str = option("on", "write each step's first group token by token to tokens.jsonl; costs one forward pass "
                                       "of these episodes, without gradient, after the update", ("on", "off"))
-    eval_batch: int = option(100, "samples evaluated side by side")
+    eval_batch: int | None = option(None, "samples evaluated side by side; default: 100 for data/tiny, else --rollout-batch")
     # the episode
     samples_per_step: int | None = option(None, "samples in a step; default: 8 for data/tiny, else 16 (the paper)")
     group_size: int = option(8, "episodes of each sample; paper: 8")
+    rollout_batch: int | None = option(None, "episodes sampled side by side, in whole groups; default: the most of 128, 64, "
+                                             "32, 16, 8 for which --plan says that the GPU's memory is enough; 128 for data/tiny")
     temperature: float = option(1.0, "of sampling; the scored log-probs use it, too; paper: 1")
     max_new_tokens: int | None = option(None, "ids in one turn; default: 96 for data/tiny, else 256 (the paper)")
     max_turns: int = option(5, "turns in an episode; paper: 5 (in evaluation)")
@@ -146,8 +156,14 @@ class Config:
     code_errors: str = option("shown", "whether the model sees why its program failed; paper: hidden", ("shown", "hidden"))
     step_side: int = option(720, "images of training steps are stretched to this square, pixels; 0: not; paper: 720")
     # the update
-    lr: float | None = option(None, "learning rate of AdamW; default: 2e-4 for data/tiny, else 1e-6 (the paper)")
+    lr: float | None = option(None, "learning rate of AdamW; default: 2e-4 for data/tiny, else 1e-6 (the paper); with LoRA ten "
+                                    "times that")
     vision: str = option("frozen", "the vision tower: frozen or trained", ("frozen", "trained"))
+    lora_rank: int | None = option(None, "LoRA of this rank on the language model; 0: all its weights; default: 0 for "
+                                         "data/tiny, else 16 (3B in 16 GB, where all weights take 80; the rewards of an episode "
+                                         "are few bits, small ranks hold them); paper: 0")
+    lora_alpha: float = option(32.0, "the adapters' product counts lora_alpha / lora_rank times")
+    lora_targets: str = option(LORA_TARGETS, "linear layers that get an adapter")
     warmup: int = option(5, "steps until the full learning rate")
     lr_schedule: str = option("linear", "linear falls to zero at the last step; paper: linear", ("linear", "constant"))
     beta: float = option(0.04, "weight of the KL term; 0: no reference model; paper: 0.04")
@@ -182,14 +198,14 @@ class Config:
 
 
 DEFAULTS = {   # for the embedded checkpoint, for anything else
-    "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6),
+    "steps": (70, 1400), "samples_per_step": (8, 16), "max_new_tokens": (96, 256), "lr": (2e-4, 1e-6), "lora_rank": (0, 16),
     "inner_epochs": (2, 1), "minibatches": (2, 1), "threads": (1, 0), "passages": (2, 4), "save_every": (1, 0),
     "checkpointing": ("off", "on"), "update": ("rows", "tree"), "micro_batch_tokens": (2048, 8192)}
 
 # What may be given beside --resume and differ: where things are (a fingerprint tells whether they are the same) and how
 # the machine is used. All else would make it another run.
 MAY_DIFFER = {"resume", "model", "data", "system_prompt", "similarity", "device", "threads", "save_every", "eval_every",
-              "eval_batch", "micro_batch_tokens", "checkpointing", "sandbox_workers", "sandbox"}
+              "eval_batch", "rollout_batch", "micro_batch_tokens", "checkpointing", "sandbox_workers", "sandbox"}
 
 
 def given_options(arguments: list[str]) -> dict:
@@ -260,19 +276,19 @@ def change_steps(config: Config, steps: int) -> None:
 def check(config: Config) -> None:
     """Raises UsageError for values that no run can have."""
     least = {"steps": 0, "eval_every": 0, "eval_samples": 0, "eval_batch": 1, "save_every": 0, "samples_per_step": 1, "group_size": 2,
-             "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
+             "rollout_batch": 1, "max_new_tokens": 1, "max_turns": 1, "max_length": 16, "sandbox_workers": 1, "sandbox_memory": 64,
              "warmup": 0, "inner_epochs": 1, "minibatches": 1, "micro_batch_tokens": 1, "beta": 0.0, "seed": 0,
-             "threads": 0, "step_side": 0, "passages": 1}
+             "threads": 0, "step_side": 0, "passages": 1, "lora_rank": 0}
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
             why = " (an advantage compares the episodes of a group)" if name == "group_size" else ""
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {low}{why}")
-    for name in ("temperature", "sandbox_seconds", "lr", "max_grad_norm"):
+    for name in ("temperature", "sandbox_seconds", "lr", "max_grad_norm", "lora_alpha"):
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
-    instead = [name for name in ("check_data", "score", "compare", "report", "show_episode")
+    instead = [name for name in ("check_data", "plan", "save_merged", "score", "compare", "report", "show_episode")
                if getattr(config, name)]
     if len(instead) > 1:
         raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1].replace('_', '-')} cannot be had at once; choose one")
@@ -281,8 +297,13 @@ def check(config: Config) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is an option of the paper's way; add --protocol paper")
     if config.corpus and not Path(config.corpus).exists():
         raise UsageError(f"--corpus {config.corpus}: no such file; name a .jsonl with one passage a line")
+    if config.vision == "trained" and config.lora_rank:
+        raise UsageError("--vision trained needs --lora-rank 0: adapters are put on the language model alone")
     if config.model:
         check_name(config.model)
+    if (config.samples_per_step or 0) % many.size():
+        raise UsageError(f"--samples-per-step {config.samples_per_step}: {many.size()} processes cannot share them; give a "
+                         f"multiple of {many.size()}")
     if config.system_prompt:
         read_prompt(config.system_prompt)
     if config.out and not config.resume and Path(config.out).exists():
@@ -320,9 +341,20 @@ def complete(config: Config) -> list[str]:
         config.model, why["model"] = str(tiny), "the embedded checkpoint; --model DIR or hub name for another"
     small = is_small(config.model)
     why["data"] = choose_data(config, small) or why["data"]
+    lr_is_open, adapter = config.lr is None, adapter_config(config.model)
+    if config.lora_rank is None and adapter:
+        config.lora_rank = adapter["r"]
+    if config.lora_rank is None and config.vision == "trained":
+        config.lora_rank = 0
     for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
             setattr(config, name, for_small if small else for_others)
+    if lr_is_open and config.lora_rank:
+        config.lr *= 10         # B starts at zero and alpha / rank is near 1: LoRA learns at about ten times the rate
+    if config.rollout_batch is None:
+        config.rollout_batch = 128 if small else plan.rollout_batch(config)
+    if config.eval_batch is None:
+        config.eval_batch = 100 if small else config.rollout_batch
     if config.out is None:
         config.out = str(Path("runs") / f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}")
     here = f"{Path.cwd()}{os.sep}"
@@ -350,6 +382,8 @@ def choose_data(config: Config, small: bool) -> str | None:
 
 def is_small(model: str) -> bool:
     """Whether `model` is data/tiny or its offspring: the options that are right for it are wrong for 3B."""
+    adapter = adapter_config(model)
+    model = adapter["base_model_name_or_path"] if adapter else model
     try:
         settings = json.loads((Path(model) / "config.json").read_text())
         return settings.get("text_config", settings)["hidden_size"] < 1024
@@ -429,22 +463,31 @@ def evaluate(policy: Policy, samples, tools, config: Config, temperature: float,
     are added to, batch by batch; what is there already is not evaluated again.
     """
     limits, rows = dataclasses.replace(config.limits, temperature=temperature), resume.take_up(part) if part else []
-    with tqdm(total=len(samples), initial=len(rows), desc=title, leave=False, unit="sample") as bar:
-        for start in range(len(rows), len(samples), config.eval_batch):
+    own, elsewhere = many.share(range(len(samples))), []        # which samples are this rank's; its episodes, if there are others
+    with tqdm(total=len(own), initial=len(rows), desc=title, leave=False, unit="sample") as bar:
+        for start in own[len(rows)::config.eval_batch]:
             generator = torch.Generator(policy.device).manual_seed(config.seed + 10_000 + start)
-            episodes = attempt(policy, samples[start:start + config.eval_batch], config, limits=limits, tools=tools,
-                               generator=generator, clock=clock)
-            new = [row(start + i, episode) for i, episode in enumerate(episodes)]
-            rows += new
+            episodes = attempt(policy, samples[start:min(start + config.eval_batch, own.stop)], config, limits=limits,
+                               tools=tools, generator=generator, clock=clock)
+            new = [row(start + i, episode) for i, episode in enumerate(episodes)] if many.size() == 1 else []
+            rows, elsewhere = rows + new, elsewhere + episodes * (many.size() > 1)
             if part:
                 resume.append_lines(part, new)
-            bar.update(len(new))
+            bar.update(len(episodes))
+    rows += [row(i, episode) for i, episode in enumerate(gathered(elsewhere))]
     answers = [row["answer"] for row in rows]
     both = {scorer: summarize(answers, samples, scorer, chinese=config.task == "mat-coding") for scorer in SCORERS}
     summary = both.pop(config.scorer) | both        # the other scorer's under its name
     if any(sample.problems for sample in samples):
         summary["by_problem"] = em_by_problem(answers, samples, config.scorer)
     return summary, rows
+
+
+def gathered(episodes: list[Episode]) -> list[Episode]:
+    """The episodes of all ranks (many.py), without the patches of their images, which only their own rank trains on."""
+    if many.size() == 1:
+        return episodes
+    return many.gather([dataclasses.replace(episode, images=[], view=None) for episode in episodes])
 
 
 def em_by_problem(answers: list[str | None], samples: list, scorer: str) -> dict[str, dict]:
@@ -466,7 +509,7 @@ def evaluate_both(policy, samples, tools, config, clock, title, run: Run | None 
         return run.episode_record(title, i, episode, score([episode], config)[0], None, True)
 
     def part(mode: str) -> Path | None:
-        return run.folder / f"{title}-{mode}.part" if run and title == "before" else None
+        return run.folder / f"{title}-{mode}.part" if run and title == "before" and many.size() == 1 else None
 
     summary, rows = evaluate(policy, samples, tools, config, 0.0, clock, f"{title}, greedy", record if run else answer_row,
                              part("greedy"))
@@ -513,14 +556,16 @@ class Trainer:
 
     def __init__(self, policy: Policy, samples: list, tools: Tools, config: Config, similarity=lexical_similarity):
         self.policy, self.tools, self.config, self.similarity = policy, tools, config, similarity
+        if config.lora_rank and not policy.adapters:
+            policy.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
-        trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        with many.shard(policy.model):
+            self.optimizer = grpo.optimizer_of(policy, config.lr)
         self.steps = 0          # complete steps
         self.whole = True       # False within an update: what is in memory then is of no step
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed + 1_000_003 * many.rank())
         self.order = endless(samples, random.Random(config.seed))
         self.randomness = self.random_states()      # at the end of the last complete step
 
@@ -539,11 +584,13 @@ class Trainer:
         """The first half of a step, which changes nothing that is kept: episodes, rewards, advantages, clock."""
         config, clock, start = self.config, Clock(), time.perf_counter()
         self.keep_features({})
-        samples = [next(self.order) for _ in range(config.samples_per_step)]
-        episodes = attempt(self.policy, samples, config, group_size=config.group_size, limits=config.limits,
-                           tools=self.tools, generator=self.generator, clock=clock)
+        samples = many.share([next(self.order) for _ in range(config.samples_per_step)])
+        episodes, groups = [], max(1, config.rollout_batch // config.group_size)       # groups side by side
+        for first in range(0, len(samples), groups):
+            episodes += attempt(self.policy, samples[first:first + groups], config, group_size=config.group_size,
+                                limits=config.limits, tools=self.tools, generator=self.generator, clock=clock)
         rewards = score(episodes, config, self.similarity)
-        totals = torch.tensor([reward.total for reward in rewards])                        # [N]
+        totals = torch.tensor(many.gather([reward.total for reward in rewards]))           # [N], of all ranks
         advantages = grpo.group_advantages(totals, config.group_size, config.scale)        # [N]
         return {"episodes": episodes, "rewards": rewards, "totals": totals, "advantages": advantages, "clock": clock,
                 "start": start}
@@ -551,13 +598,14 @@ class Trainer:
     def learn(self, done: dict) -> dict:
         """The second half: the update. Returns `done` with its statistics and seconds."""
         config, stats = self.config, dict.fromkeys(grpo.STATISTICS)         # None where nothing is taught
-        rows = teaching_rows(done["totals"], config)
+        rows, own = teaching_rows(done["totals"], config), many.share(range(len(done["totals"])))      # own: this rank's
         self.whole = False
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self.rate()
         with done["clock"].phase("update"):
             if rows:
-                stats |= grpo.update(self.policy, self.reference, [done["episodes"][i] for i in rows],
+                rows = [i for i in rows if i in own]
+                stats |= grpo.update(self.policy, self.reference, [done["episodes"][i - own.start] for i in rows],
                                      done["advantages"][rows], self.optimizer, config, self.generator)
         recorded = done["episodes"][:config.group_size] if config.record_tokens == "on" else []
         tokens = [token_record(self.policy, episode, logp) for episode, logp
@@ -565,7 +613,8 @@ class Trainer:
         self.keep_features(None)
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
         self.steps, self.randomness, self.whole = self.steps + 1, self.random_states(), True
-        return done | {"stats": stats, "tokens": tokens, "seconds": time.perf_counter() - done["start"]}
+        return done | {"episodes": gathered(done["episodes"]), "rewards": many.gather(done["rewards"]), "stats": stats,
+                       "tokens": tokens, "seconds": time.perf_counter() - done["start"]}
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The weights that training changes, by name."""
@@ -578,25 +627,41 @@ class Trainer:
 
     def state(self) -> dict:
         """Everything that decides the next step. The order of the data needs no more than the number of steps."""
-        return {"step": self.steps, "weights": {name: weight.detach() for name, weight in self.trained().items()},
-                "optimizer": self.optimizer.state_dict(), "random": self.randomness}
+        if many.size() > 1:
+            learned = many.state(self.policy.model, self.optimizer) | {"ranks": many.size()}
+        else:
+            learned = {"weights": {name: weight.detach() for name, weight in self.trained().items()},
+                       "optimizer": self.optimizer.state_dict(), "ranks": 1}
+        return learned | {"step": self.steps, "random": self.randomness}
 
     def restore(self, state: dict) -> None:
         """Becomes the trainer that wrote `state`; called on a new one, whose reference is the model of step 0."""
-        weights = self.trained()
-        if weights.keys() != state["weights"].keys():
-            raise RunError("the checkpoint holds other weights than are trained here; give the --model of the run's start")
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["random"]["generator"])
-        torch.set_rng_state(state["random"]["torch"])
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
-        self.steps, self.randomness = state["step"], state["random"]
+        self.restore_learned(state)
+        if state["ranks"] == many.size() and many.rank() == 0:     # other ranks, or another number of them, draw anew
+            self.generator.set_state(state["random"]["generator"])
+            torch.set_rng_state(state["random"]["torch"])
+            if state["random"]["cuda"]:
+                torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        elif state["ranks"] > 1 or many.size() > 1:
+            self.generator.manual_seed(self.config.seed + 1_000_003 * many.rank() + state["step"])
+        self.steps, self.randomness = state["step"], self.random_states()
         for _ in islice(self.order, self.steps * self.config.samples_per_step):
             pass                # the data goes on where it stopped
+
+    def restore_learned(self, state: dict) -> None:
+        """Weights and optimiser. A checkpoint of several ranks, or for several, has them by name (many.py)."""
+        weights = self.trained()
+        if many.size() == 1 and weights.keys() != state["weights"].keys():
+            raise RunError("the checkpoint holds other weights than are trained here; give the --model of the run's start")
+        masters = isinstance(self.optimizer, grpo.MasterAdamW)
+        if many.size() > 1 or state["ranks"] > 1 and not masters:
+            group = self.optimizer.param_groups[0]
+            return many.load_state(self.policy.model, self.optimizer, many.by_name(state, list(weights), group))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state["weights"][name])        # masters are rounded on the way
+        learned = many.as_masters(state, list(weights)) if state["ranks"] > 1 else state["optimizer"]
+        self.optimizer.load_state_dict(learned)
 
 
 def train(trainer: Trainer, run: Run, held_out: list, signals: resume.Signals) -> None:
@@ -606,18 +671,16 @@ def train(trainer: Trainer, run: Run, held_out: list, signals: resume.Signals) -
     bar = tqdm(initial=trainer.steps, total=config.steps, desc="training", unit="step")
     try:
         while True:
-            evaluate_midway(trainer, run, held_out, signals)
-            if trainer.steps >= config.steps:
-                break
-            attempted = trainer.sample()        # a stop in here costs this step alone, for nothing was changed yet;
-            with signals.hold():                # in here it waits: no update, record or checkpoint is cut in half
-                run.record_step(trainer.steps + 1, trainer.learn(attempted))
-                if run.checkpoint_due(trainer.steps, config.save_every):
-                    run.save_checkpoint(trainer)
-            tqdm.write("\n".join([run.step_line(), *run.news()]))
-            if trainer.steps == 1 and (why := zero_loss_note(config, run.metrics[-1])):
-                tqdm.write(why)
-            run.watch()
+            with together(config):
+                evaluate_midway(trainer, run, held_out, signals)
+                if trainer.steps >= config.steps:
+                    break
+                attempted = trainer.sample()        # a stop in here costs this step alone, for nothing was changed yet;
+                with signals.hold():                # in here it waits: no update, record or checkpoint is cut in half
+                    run.record_step(trainer.steps + 1, trainer.learn(attempted))
+                    if many.gather([run.checkpoint_due(trainer.steps, config.save_every)])[0]:     # rank 0 decides
+                        run.save_checkpoint(trainer)
+                say(trainer, run)
             bar.update()
     except KeyboardInterrupt:
         tqdm.write(f"interrupted after {run.steps} complete steps; saving what was learned")
@@ -628,6 +691,17 @@ def train(trainer: Trainer, run: Run, held_out: list, signals: resume.Signals) -
         if trainer.whole and run.steps == trainer.steps > run.saved:
             with signals.hold():
                 run.save_checkpoint(trainer)
+
+
+def say(trainer: Trainer, run: Run) -> None:
+    """What a person is told after a step; and the page of the run, if it is time."""
+    tqdm.write("\n".join([run.step_line(), *run.news()]))
+    if trainer.steps == 1 and (why := zero_loss_note(trainer.config, run.metrics[-1])):
+        tqdm.write(why)
+    if trainer.steps == 1 and trainer.policy.device.type == "cuda":
+        tqdm.write(plan.beside(trainer.config, torch.cuda.max_memory_allocated()))
+    if many.rank() == 0:
+        run.watch()
 
 
 def evaluate_midway(trainer: Trainer, run: Run, held_out: list, signals: resume.Signals) -> None:
@@ -652,6 +726,27 @@ def check_files(config: Config) -> int:
     print("\n".join(report))
     print("\n".join([*defects, f"defects: {len(defects)}"]))
     return 1 if defects else 0
+
+
+def print_plan(config: Config) -> int:
+    """--plan, for --model or the default on a GPU. Neither data nor weights are read."""
+    config.model, config.data = config.model or HUB_MODEL, config.data or ""
+    complete(config)
+    print("\n".join(plan.report(config)))
+    return 0
+
+
+def save_merged(config: Config) -> int:
+    """--save-merged: an adapter folder as an ordinary Hugging Face folder, in the precision of its base model."""
+    if not config.model or not adapter_config(config.model):
+        raise UsageError("--save-merged needs --model DIR with adapter_config.json in DIR, such as a LoRA run's model/")
+    if Path(config.save_merged).exists():
+        raise UsageError(f"--save-merged {config.save_merged} exists; nothing was overwritten. Name a new folder or remove it")
+    policy = load(config.model, dtype="auto")
+    policy.merge_lora()
+    policy.save(config.save_merged)
+    print(f"{config.save_merged}: {config.model} merged into {policy.name}")
+    return 0
 
 
 def score_file(config: Config) -> int:
@@ -685,13 +780,23 @@ def compare_files(config: Config) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    config = None
     try:
         config = parse_options(arguments)
         if config.resume:
             config = resumed(given_options(arguments))
+        many.start()
+        if many.rank():
+            config.out = many.own_copy(config.resume) if config.resume else many.scratch()
+            config.resume = config.resume and config.out
+        many.gather([None])         # nobody goes on before all have their copy
         check(config)
         if config.check_data:
             return check_files(config)
+        if config.plan:
+            return print_plan(config)
+        if config.save_merged:
+            return save_merged(config)
         if config.score:
             return score_file(config)
         if config.report is not None:
@@ -701,11 +806,28 @@ def main(arguments: list[str]) -> int:
             print(show_episode(*config.show_episode))
             return 0
         return compare_files(config) if config.compare else start(config)
-    except (UsageError, RunError, PolicyError, SandboxError, SearchRefused, mat.DataError, ReportError) as error:
-        print(f"arft.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:       # before the run began, or a second one
         return 130
+    except Exception as error:
+        if not (known := explained(error, config)):
+            raise
+        print(f"arft.py: {known[1]}", file=sys.stderr)
+        return known[0]
+
+
+def explained(error: BaseException, config: Config) -> tuple[int, str] | None:
+    """(exit code, message) of an error that needs no stack trace: bad input, or a GPU that is too small."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return 1, plan.out_of_memory(config, error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; the last checkpoint has what was learned until then"
+    known = (UsageError, PolicyError, SandboxError, SearchRefused, RunError, mat.DataError, ReportError)
+    return (2, str(error)) if isinstance(error, known) else None
+
+
+def together(config: Config):
+    """Where one of several ranks may fail: it says why and ends them all (many.py)."""
+    return many.together(lambda error: explained(error, config))
 
 
 def training_samples(config: Config) -> list[mat.Sample]:
@@ -722,10 +844,23 @@ def choose_prompt(config: Config, policy: Policy) -> str:
     return policy.system_prompt if brought or config.task == "mat-coding" else SEARCH_PROMPT
 
 
+def continue_adapter(config: Config, policy: Policy) -> None:
+    """Training that starts from an adapter goes on with it; the KL term's reference is its base model."""
+    if not policy.adapters or config.eval_only:
+        return
+    rank = next(iter(policy.adapters.values())).rank
+    if config.lora_rank != rank:
+        raise UsageError(f"--lora-rank {config.lora_rank}: the adapter {config.model} has rank {rank}; give --lora-rank {rank} "
+                         "to go on with it, or merge it first (--save-merged DIR) and train DIR")
+
+
 def start(config: Config) -> int:
     """One run, from options to summary."""
     for line in complete(config):
         print(line)
+    check(config)       # what was chosen, too
+    if many.size() > 1:
+        print(f"ranks:  {many.size()}; each samples {config.samples_per_step // many.size()} x {config.group_size} episodes a step")
     if config.protocol == "paper":
         print(f"paper:  one growing message; crops at the {config.crop_box}'s box; errors of programs {config.code_errors}; "
               f"training on single steps, images {f'{config.step_side} pixels square' if config.step_side else 'as they are'}")
@@ -742,15 +877,16 @@ def start(config: Config) -> int:
     similarity, similarity_name = choose_similarity(config)
     policy = load(config.model, config.device, getattr(torch, config.dtype))
     policy.system_prompt = choose_prompt(config, policy)
+    continue_adapter(config, policy)
     origin = resume.fingerprint(policy.model, policy.system_prompt, [*held_out, *training])
     origin["similarity"] = similarity_name
     Path(config.out).mkdir(parents=True, exist_ok=bool(config.resume))
     with resume.locked(Path(config.out)), resume.Signals() as signals:
         state = checkpoint_of(config, origin) if config.resume else None
         run = Run(config, origin, state)
-        plan = "" if config.eval_only else (f", {len(training)} for training, {config.steps} steps of "
-                                            f"{config.samples_per_step} x {config.group_size} episodes")
-        print(f"run:    {config.out}: {len(held_out)} held-out samples{plan}")
+        extent = "" if config.eval_only else (f", {len(training)} for training, {config.steps} steps of "
+                                              f"{config.samples_per_step} x {config.group_size} episodes")
+        print(f"run:    {config.out}: {len(held_out)} held-out samples{extent}")
         with Sandbox(workers=config.sandbox_workers, seconds=config.sandbox_seconds, memory_mb=config.sandbox_memory,
                      strict=config.sandbox == "strict") as sandbox:
             tools = Tools(sandbox, search, config.passages) if config.tools == "on" else Tools()
@@ -796,7 +932,8 @@ def carry_out(run: Run, config: Config, policy: Policy, training: list, held_out
     """Evaluation, training, evaluation: what of these is still to be done."""
     try:
         if "before" not in run.summary:
-            run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before", run))
+            with together(config):
+                run.record_evaluation("before", *evaluate_both(policy, held_out, tools, config, run.clock, "before", run))
         if not config.eval_only:
             trainer = Trainer(policy, training, tools, config, similarity)
             if state:
@@ -805,9 +942,10 @@ def carry_out(run: Run, config: Config, policy: Policy, training: list, held_out
                 run.save_checkpoint(trainer)
             train(trainer, run, held_out, signals)
             if not run.interrupted:
-                run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after", run))
-                if config.eval_every:
-                    run.keep_best(policy)
+                with together(config):
+                    run.record_evaluation("after", *evaluate_both(policy, held_out, tools, config, run.clock, "after", run))
+                    if config.eval_every:
+                        run.keep_best(policy)
     except KeyboardInterrupt:
         run.interrupted = True
     finally:            # a bad image in the middle must not cost what was learned before it

@@ -35,6 +35,7 @@ from collections import defaultdict
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import many
 from pack import Batch, groups_of, micro_batches, pack
 from policy import Policy
 from rollout import Episode
@@ -43,7 +44,8 @@ LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 TOKEN_MEANS = ("dapo", "cispo")          # loss types that average over all tokens of the batch at once
 SCALES = ("group", "batch", "none")
 AT_ONCE = 2 ** 25     # probabilities: 128 MiB in float32, those of 220 ids over Qwen's vocabulary; more is no faster
-STATISTICS = ("loss", "kl", "ratio", "clip_fraction", "entropy", "grad_norm", "logp_error", "updates", "skipped_updates")
+PER_TOKEN = ("loss", "kl", "ratio", "clip_fraction", "entropy")
+STATISTICS = (*PER_TOKEN, "grad_norm", "logp_error", "updates", "skipped_updates")
 
 # --- advantages ------------------------------------------------------------------------------------
 
@@ -175,13 +177,70 @@ def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
     return torch.cat(logp), torch.cat(entropy)
 
 
+# --- the optimiser ---------------------------------------------------------------------------------------
+
+
+class MasterAdamW:
+    """AdamW (arXiv 1711.05101, without weight decay) for weights in bfloat16, with a float32 master copy of each.
+
+    A bfloat16 number has 8 significant bits: to 0.02 nothing below 0.00006 can be added. AdamW moves a weight by about
+    lr a step, at 1e-6 never. The master adds these up, and the model's weight is the master, rounded. One weight at a
+    time, so that no second set of gradients is ever in memory: 2 + 2 bytes a weight (weight, gradient) + 12 here.
+    """
+
+    def __init__(self, weights, lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
+        self.weights, self.betas, self.eps, self.steps = list(weights), betas, eps, 0
+        self.param_groups = [{"lr": lr}]
+        self.masters = [w.detach().float() for w in self.weights]
+        self.means = [torch.zeros_like(m) for m in self.masters]
+        self.squares = [torch.zeros_like(m) for m in self.masters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        (b1, b2), lr = self.betas, self.param_groups[0]["lr"]
+        for weight, master, mean, square in zip(self.weights, self.masters, self.means, self.squares):
+            if weight.grad is None:
+                continue
+            gradient = weight.grad.float()
+            mean.lerp_(gradient, 1 - b1)
+            square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+            scale = (square / (1 - b2 ** self.steps)).sqrt_().add_(self.eps)
+            master.addcdiv_(mean, scale, value=-lr / (1 - b1 ** self.steps))
+            weight.copy_(master)            # rounded to nearest
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "masters": self.masters, "means": self.means, "squares": self.squares}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for name in ("masters", "means", "squares"):
+            for own, saved in zip(getattr(self, name), state[name], strict=True):
+                own.copy_(saved)
+
+
+def optimizer_of(policy: Policy, lr: float):
+    """AdamW on what is trained and on nothing else: torch's for float32 weights (the adapters are), else with masters."""
+    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    if all(weight.dtype == torch.float32 for weight in trained):
+        return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return MasterAdamW(trained, lr)
+
+
 # --- one update ------------------------------------------------------------------------------------------
 
 
 def reference_of(policy: Policy) -> Policy:
-    """A frozen copy: the point that the KL term pulls back to."""
+    """The point that the KL term pulls back to: a frozen copy; with LoRA the policy itself, asked without adapters."""
+    if policy.adapters:
+        return policy
     model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Policy(model, policy.tokenizer, policy.image_processor, policy.system_prompt)
+    return Policy(model, policy.tokenizer, policy.image_processor, policy.system_prompt, policy.name)
 
 
 def update(policy: Policy, reference: Policy | None, episodes: list[Episode], advantages: torch.Tensor,
@@ -196,7 +255,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
     """
     stats, count, skipped = defaultdict(float), 0, 0
     logp_error = 0.0
-    logp_ref = None if reference is None else frozen_logp(reference, episodes, config)
+    logp_ref = None if reference is None else reference_logp(reference, episodes, config)
     for _ in range(config.inner_epochs):
         for rows in minibatches(policy, episodes, config, generator):
             optimizer.zero_grad(set_to_none=True)
@@ -205,11 +264,14 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode], ad
                                           logp_ref and [logp_ref[i] for i in rows], config)
             if count + skipped == 0:
                 logp_error = error
-            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-            if not (torch.isfinite(norm) and math.isfinite(part["loss"])):
+            with many.summed(policy.model):
+                norm = many.norm_of(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
+                finite = bool(torch.isfinite(norm)) and math.isfinite(part["loss"])
+                if finite:
+                    optimizer.step()
+            if not finite:
                 skipped += 1
                 continue
-            optimizer.step()
             count += 1
             for name, value in (part | {"grad_norm": norm.item()}).items():
                 stats[name] += value
@@ -227,7 +289,14 @@ def minibatches(policy: Policy, episodes: list[Episode], config, generator: torc
     units = groups_of(policy, episodes) if config.update == "tree" else [[i] for i in range(len(episodes))]
     order = (torch.randperm(len(units), generator=generator, device=generator.device)
              if config.minibatches > 1 else torch.arange(len(units)))
-    return [[i for unit in part.tolist() for i in units[unit]] for part in order.chunk(config.minibatches)]
+    parts = [[i for unit in part.tolist() for i in units[unit]] for part in order.chunk(config.minibatches)]
+    return parts + [[]] * (int(*many.largest(len(parts))) - len(parts))     # another rank may have more
+
+
+def reference_logp(reference: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
+    """Log-probs of each episode's sampled ids under the reference: a frozen copy, or the policy without adapters."""
+    with reference.without_adapters():
+        return frozen_logp(reference, episodes, config)
 
 
 def frozen_logp(policy: Policy, episodes: list[Episode], config) -> list[torch.Tensor]:
@@ -246,7 +315,8 @@ def frozen_logp(policy: Policy, episodes: list[Episode], config) -> list[torch.T
 def _accumulate(policy, episodes, advantages, logp_ref, config) -> tuple[dict[str, float], float]:
     """Adds the gradient of one minibatch, a micro-batch at a time. Returns its statistics and logp error."""
     tokens = torch.tensor([sum(e.mask) for e in episodes])                 # sampled ids of each episode
-    stats, error = defaultdict(float), 0.0
+    all_tokens, all_episodes = many.total(tokens.sum().item(), len(episodes))
+    stats, error = dict.fromkeys(PER_TOKEN, 0.0), 0.0
     for part in micro_batches(policy, episodes, config.micro_batch_tokens, config.update):
         batch = pack(policy, [episodes[i] for i in part], config.update)
         ref = logp_ref and torch.nn.utils.rnn.pad_sequence([logp_ref[i] for i in part], batch_first=True)  # [B, L]
@@ -255,11 +325,11 @@ def _accumulate(policy, episodes, advantages, logp_ref, config) -> tuple[dict[st
             logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask, loss_type=config.loss_type,
             clip_low=config.clip_low, clip_high=config.clip_high, beta=config.beta, max_length=config.max_sampled)
         # A micro-batch counts for its share of what the loss averages over, so that cutting changes nothing.
-        by_tokens = (tokens[part].sum() / tokens.sum()).item()
-        weight = by_tokens if config.loss_type in TOKEN_MEANS else len(batch.mask) / len(episodes)
+        by_tokens = tokens[part].sum().item() / all_tokens
+        weight = by_tokens if config.loss_type in TOKEN_MEANS else len(batch.mask) / all_episodes
         (loss * weight).backward()
         stats["loss"] += loss.item() * weight
         for name, value in (values | _token_means(batch.mask, entropy=entropy)).items():
             stats[name] += value * by_tokens
         error = max(error, ((logp.detach() - batch.logp_old) * batch.mask).abs().max().item())
-    return dict(stats), error
+    return dict(zip(stats, many.total(*stats.values()))), *many.largest(error)

@@ -13,11 +13,15 @@ by hand, because it is where multi-turn training with images goes wrong: positio
 that restart after a cached image, images that do not match their place holders,
 text that is tokenised twice and differently.
 
+and how few of its weights need training: LoRA, by hand.
+
 Read next: rollout.py. Left out: video; other architectures.
 
-Dimensions in this file: B rows, T tokens, D hidden size, P image patches, V vocabulary.
+Dimensions in this file: B rows, T tokens, D hidden size, P image patches, V vocabulary, r rank.
 """
 
+import json
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +31,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import many
+
+PATCHES_AT_ONCE = 2 ** 14           # of the vision tower: six images of 720 x 720, 0.7 GB at work; more is no faster
 SYSTEM_PROMPT_FILE = "system_prompt.txt"     # the words a checkpoint was trained with travel with it
+
+LANGUAGE = "model.language_model."           # where the language model's layers are; the rest is the vision tower
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"      # every linear layer of a block
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 SYSTEM_PROMPT = """\
 You answer a question about an image. The image may be hard to read. Work in steps and take exactly one action in \
@@ -52,6 +64,37 @@ class PolicyError(ValueError):
     """A model that cannot be used here; the message names the folder, the cause and the cure."""
 
 
+# --- LoRA -------------------------------------------------------------------------------------------
+
+
+class LoRA(torch.nn.Module):
+    """A frozen linear layer W and a trained product of rank r beside it: W x + (alpha / r) B A x (arXiv 2106.09685).
+
+    A is random and B zero: at the start nothing is changed. A and B stay float32 whatever W is (at a small learning
+    rate bfloat16 would round their updates away); the product is computed in the type of x, as W x is.
+    """
+
+    def __init__(self, base: torch.nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.rank, self.alpha, self.on = base.requires_grad_(False), rank, alpha, True
+        new = {"device": base.weight.device, "dtype": torch.float32}
+        self.A = torch.nn.Parameter(torch.empty(rank, base.in_features, **new))              # [r, in]
+        self.B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **new))             # [out, r]
+        torch.nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        if not self.on:
+            return y
+        return y + (x @ self.A.T.to(x.dtype)) @ (self.alpha / self.rank * self.B).T.to(x.dtype)
+
+    def merged(self) -> torch.nn.Linear:
+        """The linear layer that computes the same: W + (alpha / r) B A, in W's type."""
+        product = self.alpha / self.rank * self.B @ self.A
+        self.base.weight.data = (self.base.weight.data.float() + product.detach()).to(self.base.weight.dtype)
+        return self.base
+
+
 @dataclass(frozen=True)
 class ImageInput:
     """An image as the vision tower takes it. Compared and hashed by identity: one object is one image."""
@@ -68,9 +111,10 @@ class ImageInput:
 class Policy:
     """Model, tokenizer and image processor behind the few calls that rollout and training need."""
 
-    def __init__(self, model, tokenizer, image_processor, system_prompt: str = SYSTEM_PROMPT):
+    def __init__(self, model, tokenizer, image_processor, system_prompt: str = SYSTEM_PROMPT, name: str = ""):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        self.system_prompt = system_prompt
+        self.system_prompt, self.name = system_prompt, name     # name: what `load` was given, for the adapter's file
+        self.adapters: dict[str, LoRA] = {}                     # by the name of the layer that each wraps
         self.im_start, self.im_end, self.vision_start, self.image_pad, self.vision_end = (
             self._special(name) for name in
             ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
@@ -185,14 +229,12 @@ class Policy:
         An image given twice is computed once; where `self.kept` is a dict, not even twice in two calls. That is
         right as long as the tower does not change: a step with a frozen tower, rollout, update and reference.
         """
-        known = {} if self.kept is None else self.kept
-        new = [image for image in dict.fromkeys(images) if image not in known]
-        if new:
-            visual = self.model.model.visual
-            patches = torch.cat([image.patches for image in new]).to(self.device, visual.dtype)
-            grid = torch.tensor([image.grid for image in new], device=self.device)
+        known, visual = {} if self.kept is None else self.kept, self.model.model.visual
+        for part in few_patches([image for image in dict.fromkeys(images) if image not in known]):
+            patches = torch.cat([image.patches for image in part]).to(self.device, visual.dtype)
+            grid = torch.tensor([image.grid for image in part], device=self.device)
             merged = visual(patches, grid_thw=grid).pooler_output
-            known.update(zip(new, merged.split([self.image_tokens(image) for image in new])))
+            known.update(zip(part, merged.split([self.image_tokens(image) for image in part])))
         return [known[image] for image in images]
 
     def hidden(self, ids, positions, attention, features, cache=None) -> torch.Tensor:
@@ -245,15 +287,134 @@ class Policy:
             for layer in layers:
                 del layer.forward
 
+    # --- LoRA ----------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int, alpha: float, targets: str) -> None:
+        """Freezes the model and puts an adapter on each linear layer of the language model that `targets` names.
+
+        targets: last parts of names, joined by commas ("q_proj,v_proj"). Raises PolicyError for one that is nowhere.
+        """
+        wanted, found = {part.strip() for part in targets.split(",")}, set()
+        self.model.requires_grad_(False)
+        for name, module in list(self.model.named_modules()):
+            if name.startswith(LANGUAGE) and isinstance(module, torch.nn.Linear) and name.split(".")[-1] in wanted:
+                self.wrap(name, rank, alpha)
+                found.add(name.split(".")[-1])
+        if wanted - found:
+            raise PolicyError(f"--lora-targets: the language model has no linear layer {', '.join(sorted(wanted - found))}; "
+                              f"it has {LORA_TARGETS}")
+
+    def wrap(self, name: str, rank: int, alpha: float) -> LoRA:
+        """Puts an adapter on the linear layer of this name."""
+        parent, _, child = name.rpartition(".")
+        self.adapters[name] = LoRA(self.model.get_submodule(name), rank, alpha)
+        setattr(self.model.get_submodule(parent), child, self.adapters[name])
+        return self.adapters[name]
+
+    def merge_lora(self) -> None:
+        """Adds every adapter to its layer; the model is an ordinary one again and computes the same."""
+        for name, adapter in self.adapters.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, adapter.merged())
+        self.adapters = {}
+
+    @contextmanager
+    def without_adapters(self):
+        """The model as it was before LoRA: the reference that needs no memory. Without adapters nothing changes."""
+        try:
+            for adapter in self.adapters.values():
+                adapter.on = False
+            yield self
+        finally:
+            for adapter in self.adapters.values():
+                adapter.on = True
+
     # --- files ---------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary Hugging Face folder, and the system prompt beside it."""
+        """Writes an ordinary Hugging Face folder, with LoRA an adapter in PEFT's format; the system prompt beside it."""
         folder = Path(folder)
-        self.model.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if many.rank():
+            return
+        if self.adapters:
+            save_adapter(self, folder)
+        else:       # the weights as they are in use: with many GPUs state_dict() would be parts of them
+            self.model.save_pretrained(folder, state_dict=dict(self.model.named_parameters()))
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         (folder / SYSTEM_PROMPT_FILE).write_text(self.system_prompt)
+
+
+def few_patches(images: list[ImageInput]) -> list[list[ImageInput]]:
+    """The images in parts of at most PATCHES_AT_ONCE patches, at least one image each."""
+    parts, patches = [], PATCHES_AT_ONCE
+    for image in images:
+        if patches + len(image.patches) > PATCHES_AT_ONCE:
+            parts.append([])
+            patches = 0
+        parts[-1].append(image)
+        patches += len(image.patches)
+    return parts
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, as peft.PeftModel.from_pretrained reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    one = next(iter(policy.adapters.values()))
+    targets = sorted({name.split(".")[-1] for name in policy.adapters})
+    base = str(Path(policy.name).resolve()) if Path(policy.name).is_dir() else policy.name
+    (folder / ADAPTER_CONFIG).write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": one.rank,
+        "lora_alpha": one.alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        # a pattern, because the vision tower has layers of the same names
+        "target_modules": rf".*\.language_model\..*\.({'|'.join(targets)})"}, indent=1))
+    tensors = {f"{ADAPTER_PREFIX}{name}.lora_{letter}.weight": getattr(adapter, letter).detach().cpu().contiguous()
+               for name, adapter in policy.adapters.items() for letter in "AB"}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def adapter_config(name: str) -> dict | None:
+    """adapter_config.json of an adapter folder; None for any other folder or a hub name."""
+    file = Path(name) / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text())
+        return config | {"base_model_name_or_path": str(config["base_model_name_or_path"]), "r": int(config["r"]),
+                         "lora_alpha": float(config["lora_alpha"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PolicyError(f"{file} cannot be read ({type(error).__name__}: {error}); copy the folder again") from None
+
+
+def read_adapter(policy: Policy, folder: Path) -> None:
+    """Puts a saved adapter (ours or PEFT's own, plain LoRA) on the policy. Raises PolicyError if it does not fit."""
+    config = adapter_config(str(folder))
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except Exception as error:      # a missing file, half a file: the cure is the same
+        raise PolicyError(f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}); copy the folder again") from error
+    strange = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
+               if config.get(key)]
+    if strange or config.get("peft_type") != "LORA":
+        raise PolicyError(f"the adapter {folder} is no plain LoRA ({', '.join(strange) or config.get('peft_type')}); "
+                          "merge it into its model with peft's merge_and_unload and load that folder")
+    policy.model.requires_grad_(False)
+    pairs = {key[:-len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight")}
+    try:
+        for key in sorted(pairs):
+            adapter = policy.wrap(key.removeprefix(ADAPTER_PREFIX), config["r"], config["lora_alpha"])
+            for letter in "AB":
+                weight = tensors.pop(f"{key}.lora_{letter}.weight")
+                if weight.shape != getattr(adapter, letter).shape:
+                    raise ValueError(f"{key}.lora_{letter} is {tuple(weight.shape)} there, "
+                                     f"{tuple(getattr(adapter, letter).shape)} here")
+                getattr(adapter, letter).data.copy_(weight)
+        if tensors or not pairs:
+            raise ValueError(f"no place for {min(tensors)}" if tensors else "it holds no adapter")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise PolicyError(f"the adapter {folder} does not fit its base model {policy.name}: {error}; name the right "
+                          f"one as base_model_name_or_path in {folder / ADAPTER_CONFIG}") from error
 
 
 def check_name(name: str) -> None:
@@ -264,12 +425,22 @@ def check_name(name: str) -> None:
                           "model.safetensors, or a hub name such as Qwen/Qwen2.5-VL-3B-Instruct")
 
 
-def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Policy:
-    """Loads a Qwen2.5-VL checkpoint from a folder or, by name, from the Hugging Face hub.
+def load(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.float32) -> Policy:
+    """Loads a Qwen2.5-VL checkpoint from a folder or, by name, from the Hugging Face hub; or the base model of an
+    adapter folder and the adapter on it. dtype "auto": as the checkpoint is.
 
     Raises PolicyError when the folder is missing or half-written, or the model of another kind.
     """
     check_name(name)
+    if adapter := adapter_config(name):
+        try:
+            policy = load(adapter["base_model_name_or_path"], device, dtype)
+        except PolicyError as error:
+            raise PolicyError(f"{name} is an adapter, and its base model is not to be had: {error}\nif the model was moved, "
+                              f"correct base_model_name_or_path in {Path(name) / ADAPTER_CONFIG}") from error
+        read_adapter(policy, Path(name))
+        policy.system_prompt = read_system_prompt(name)
+        return policy
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen2_5_vl":
@@ -291,6 +462,10 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
     if info["missing_keys"]:
         raise PolicyError(f"the model {name} lacks {len(info['missing_keys'])} tensors "
                           f"(first: {sorted(info['missing_keys'])[0]}); the folder is half-written, copy it again")
-    prompt_file = Path(name) / SYSTEM_PROMPT_FILE
-    system_prompt = prompt_file.read_text() if prompt_file.exists() else SYSTEM_PROMPT
-    return Policy(model.to(device).eval(), tokenizer, image_processor, system_prompt)
+    return Policy(model.to(device).eval(), tokenizer, image_processor, read_system_prompt(name), name)
+
+
+def read_system_prompt(name: str) -> str:
+    """The words that a checkpoint folder brings, else our own."""
+    file = Path(name) / SYSTEM_PROMPT_FILE
+    return file.read_text() if file.exists() else SYSTEM_PROMPT

@@ -119,6 +119,9 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            error.phase = name      # plan.out_of_memory says what to lower there
+            raise
         finally:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()        # what was started in this phase is counted in it

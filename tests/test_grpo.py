@@ -223,7 +223,7 @@ def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools
         seen.append(len(grid_thw)), forward(self, patches, grid_thw=grid_thw, **k))[1])
     for vision in ("frozen", "trained"):
         seen.clear()
-        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, max_new_tokens=96, lr=1e-3, vision=vision,
+        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, rollout_batch=128, max_new_tokens=96, lr=1e-3, vision=vision,
                         inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows", checkpointing="off",
                         flat_groups="keep")
         trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), tools, config)

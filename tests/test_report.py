@@ -348,7 +348,7 @@ SHORT = ["--steps", "2", "--seed", "5", "--samples-per-step", "2", "--group-size
 def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, tools, monkeypatch):
     """Against a forward pass of each episode alone; the advantages are given, so that there is something to learn."""
     monkeypatch.setattr(grpo, "group_advantages", lambda totals, *more: torch.linspace(-1, 1, len(totals)))
-    config = Config(steps=2, samples_per_step=1, group_size=4, lr=1e-3, inner_epochs=1, minibatches=1,
+    config = Config(steps=2, samples_per_step=1, group_size=4, rollout_batch=64, lr=1e-3, inner_epochs=1, minibatches=1,
                     micro_batch_tokens=400, update="rows", checkpointing="off",
                     max_new_tokens=40, max_turns=1, warmup=0, flat_groups="keep")
     trainer = arft.Trainer(fresh_policy, samples(("dark",), ("blur",)), tools, config)

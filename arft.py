@@ -651,7 +651,7 @@ class Trainer:
     def restore_learned(self, state: dict) -> None:
         """Weights and optimiser. A checkpoint of several ranks, or for several, has them by name (many.py)."""
         weights = self.trained()
-        if many.size() == 1 and weights.keys() != state["weights"].keys():
+        if many.size() == 1 and (weights.keys() ^ state["weights"].keys()) - {"lm_head.weight"}:     # tied: FSDP names it, too
             raise RunError("the checkpoint holds other weights than are trained here; give the --model of the run's start")
         masters = isinstance(self.optimizer, grpo.MasterAdamW)
         if many.size() > 1 or state["ranks"] > 1 and not masters:

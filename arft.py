@@ -142,10 +142,10 @@ class Config:
     passages: int | None = option(None, "that a search returns; default: 2 for the embedded model, else 4 (the paper)")
     sandbox: str = option("auto", "strict: refuse to start where files or network are not kept safe", ("auto", "strict"))
     # the reward
-    answer_weight: float = option(1.0, "weight of the answer's score; paper: 1, Eq. (5)")
-    format_weight: float = option(1.0, "weight of the format; paper: 1, Eq. (5)")
+    answer_weight: float = option(1.0, "weight of the answer's score; paper: 1")
+    format_weight: float = option(1.0, "weight of the format; paper: 1")
     problem_weight: float = option(1.0, "weight of the stated problem; paper's code: 1")
-    query_weight: float = option(1.0, "weight of the searches' similarity to the gold queries; paper: 1, Eq. (4)")
+    query_weight: float = option(1.0, "weight of the searches' similarity to the gold queries; paper: 1")
     similarity: str = option("auto", f"of queries: lexical, or an encoder's folder or hub name; auto: {HUB_SIMILARITY} (the "
                                      "paper) where it is to be had and the model is not an embedded one, else lexical")
     answer_metric: str = option("f1", "what the answer is scored by; paper: f1", ("f1", "em"))

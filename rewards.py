@@ -240,9 +240,9 @@ def episode_reward(episode, *, answer_weight: float = 1.0, format_weight: float 
                    rotation_credit: bool = False, similarity=lexical_similarity) -> Reward:
     """The reward of a whole multi-turn episode.
 
-    The paper rewards single steps: Eq. (3) is 1 for a step with valid tags, Eq. (4) is the F1 of an answer step, and
-    Eq. (5) their sum. For an episode, which is several steps, this is our own extension: Eq. (3) becomes the share of
-    turns in the strict format, Eq. (4) is the F1 of the last turn's answer, and the authors' (unpublished) problem
+    The paper rewards single steps: R_format is 1 for a step with valid tags, R_acc is the F1 of an answer step, R_total
+    their sum. For an episode, which is several steps, this is our own extension: R_format becomes the share of turns in
+    the strict format, R_acc is the F1 of the last turn's answer, and the authors' (unpublished) problem
     reward judges the first diagnosis only. So nothing is earned by repeating: a second diagnosis, a contradiction, all
     labels at once, or the gold among many words are worth less than, or as much as, saying the right thing once. What
     stands in a turn that was cut off (the model did not write its end-of-turn token) is worth nothing, and an episode
@@ -271,7 +271,7 @@ CODE_ACCURACY = 0.9             # for any program; nothing is run in training
 
 
 def step_accuracy(action, step: StepSample, scorer: str = "official", similarity=lexical_similarity) -> float:
-    """Eq. (4) as the released trainer computes it, in [0, 1]; an action of another kind than the teacher's is worth 0.
+    """The paper's R_acc as the released trainer computes it, in [0, 1]; an action of another kind than the teacher's is worth 0.
 
     answer   official: set F1, English rules, without the evaluation's "exact match makes F1 one": a right "A" (an
              article) is worth 0 and a repeated word costs. repaired: `score_answer`'s
@@ -294,7 +294,7 @@ def step_accuracy(action, step: StepSample, scorer: str = "official", similarity
 
 def step_reward(episode, *, accuracy_weight: float = 1.0, format_weight: float = 1.0,
                 scorer: str = "official", similarity=lexical_similarity) -> Reward:
-    """The reward of an episode of one turn for a StepSample: Eq. (5), accuracy plus format, at most 2.
+    """The reward of an episode of one turn for a StepSample: accuracy plus format, at most 2.
 
     The format counts if the turn is strictly a thought and an action of the kind that the row asks for (MAT-Search: a
     search or an answer, either passes). Three quirks of the released code are absent: a text without any tag earns
@@ -303,11 +303,11 @@ def step_reward(episode, *, accuracy_weight: float = 1.0, format_weight: float =
     is looked for in the whole text (B5).
     """
     step, turn = episode.sample, episode.turns[-1]
-    accuracy = step_accuracy(turn.action, step, scorer, similarity) if turn.finished else 0.0                   # Eq. (4)
-    strict = float(turn.finished and turn.action.strict and turn.action.kind in step.formats)       # Eq. (3)
+    accuracy = step_accuracy(turn.action, step, scorer, similarity) if turn.finished else 0.0
+    strict = float(turn.finished and turn.action.strict and turn.action.kind in step.formats)
     answer = episode.answer if step.kind == "answer" else None
     em = score_answer(answer, step.golds, scorer, chinese=False)[1] if step.kind == "answer" else None
-    return Reward(total=accuracy_weight * accuracy + format_weight * strict,                        # Eq. (5)
+    return Reward(total=accuracy_weight * accuracy + format_weight * strict,
                   answer=accuracy if step.kind == "answer" else None, format=strict,
                   problem=accuracy if step.kind == "problem" else None, em=em, accuracy=accuracy)
 

@@ -1,4 +1,4 @@
-"""The prose: docstring examples run, and what the README names exists."""
+"""The prose: docstring examples run, the README's examples run, and what it names exists."""
 
 import doctest
 import importlib
@@ -13,11 +13,26 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["grpo", "pack", "paper", "policy", "record", "report", "rewards", "rollout", "tools",
-                                  "data.mat", "data.mini"])
+                                  "data.mat", "data.mini", "data.mini_search"])
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
     assert result.attempted > 0 or name in ("policy", "rollout"), "these two have no examples: they need a model"
+
+
+def test_the_readmes_examples():
+    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, encoding="utf-8")
+    assert result.failed == 0 and result.attempted > 15
+
+
+def test_every_equation_of_the_readme_stands_once_in_the_code_on_its_line():
+    """As a comment behind the line that computes it, and nowhere else."""
+    code = [line for file in ROOT.glob("*.py") for line in file.read_text().split("\n")]
+    tags = set(re.findall(r"Eq\. \(\d\)", README))
+    assert len(tags) == 4
+    for tag in tags:
+        lines = [line for line in code if tag in line]
+        assert len(lines) == 1 and re.search(r"\w.*  # " + re.escape(tag), lines[0]), (tag, lines)
 
 
 def test_every_function_that_the_readme_names_exists():
@@ -33,7 +48,7 @@ def test_every_file_that_the_readme_names_exists():
 
 
 def test_every_command_line_of_the_readme_parses():
-    commands = re.findall(r"python arft\.py ([^#\n;&|]*)", README)
+    commands = re.findall(r"python arft\.py ([^#\n;&|`]*)", README)
     assert len(commands) > 5
     for command in commands:
         parse_options(command.replace("$seed", "0").split())

@@ -21,6 +21,7 @@ import json
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -208,15 +209,26 @@ def _training_rows(name: str, sample: dict, rng: np.random.Generator) -> list[di
     return rows
 
 
+@contextmanager
+def whole(folder: Path):
+    """A new folder to write in, which becomes `folder` at the end: all or nothing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mini-") as scratch:
+        root = Path(scratch) / "MAT"
+        root.mkdir()
+        yield root
+        if folder.exists():
+            shutil.rmtree(folder)
+        root.rename(folder)
+
+
 def write(folder: Path, seed: int = 0, scale: int = 1) -> Path:
     """Writes MAT-mini (600 training and 200 test samples at scale 1) in MAT's layout, all or nothing.
 
     Training and test images come from different random streams and different texts.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mini-") as scratch:
-        root = Path(scratch) / "MAT"
+    with whole(folder) as root:
         for split, home, json_name, images in (
                 ("test", "MAT-Benchmark", "MAT-Coding.json", "MAT-Coding-image"),
                 ("train", "MAT-Training", "rft_agent_code_1_2k.json", "rft_agent_code_1_2k_images")):
@@ -235,9 +247,6 @@ def write(folder: Path, seed: int = 0, scale: int = 1) -> Path:
                 rows += (_training_rows(name, sample, rng) if split == "train"
                          else [_benchmark_row(i + 1, name, sample)])
             (root / home / json_name).write_text(json.dumps(rows, indent=1, ensure_ascii=False))
-        if folder.exists():
-            shutil.rmtree(folder)
-        root.rename(folder)
     return folder
 
 

@@ -15,9 +15,7 @@ Left out: everything that makes a real web search hard: ambiguity, contradiction
 """
 
 import json
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,9 +144,7 @@ def _training_rows(world: World, images: Path, rng: np.random.Generator) -> list
 def write(folder: Path, seed: int = 0) -> Path:
     """Writes the search half (300 training and 160 test samples) in MAT's layout and the corpus, all or nothing."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".mini-") as scratch:
-        root = Path(scratch) / "MAT"
+    with mini.whole(folder) as root:
         halves = worlds(seed)
         for split, home, json_name, images, rows_of in (
                 ("test", "MAT-Benchmark", "MAT-Search.json", "MAT-Search-image", _benchmark_rows),
@@ -159,9 +155,6 @@ def write(folder: Path, seed: int = 0) -> Path:
         told = [passage for half in halves.values() for passage in passages(half)]
         with open(root / CORPUS, "w") as file:
             file.writelines(json.dumps({"id": str(i)} | passage) + "\n" for i, passage in enumerate(told))
-        if folder.exists():
-            shutil.rmtree(folder)
-        root.rename(folder)
     return folder
 
 

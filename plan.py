@@ -69,17 +69,17 @@ def model_config(name: str) -> Qwen2_5_VLConfig:
     """config.json of a folder or hub model, of an adapter's base, or the published values."""
     adapter = adapter_config(name)
     name = adapter["base_model_name_or_path"] if adapter else name
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if name not in PUBLISHED:
-            raise PolicyError(f"cannot read config.json of the model {name}: {str(error).splitlines()[0]}\n"
-                              "check that the folder is complete or that the hub can be reached") from error
+    if name in PUBLISHED:       # known without the hub
         D, inner, layers, heads, kv_heads, vocabulary, tied, vision_inner = PUBLISHED[name]
         text = {"hidden_size": D, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
                 "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied}
         vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": vision_inner, "num_heads": 16, "out_hidden_size": D}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"cannot read config.json of the model {name}: {str(error).splitlines()[0]}\n"
+                          "check that the folder is complete or that the hub can be reached") from error
     if config.model_type != "qwen2_5_vl":
         raise PolicyError(f"{name} is a {config.model_type} model; this program is written for qwen2_5_vl")
     return config

@@ -615,7 +615,7 @@ class Replay:
         Table `searches`: backend, query, k, found (JSON: a list of [title, url, text]). `hits` and `misses` count what the
         record had and had not. SearchError, and nothing is asked, where a miss is to be skipped or there is no back end;
         an error of the back end's own passes through and leaves no record. Threads share `db` and the counters: both only
-        under `_lock`, which is not held while the back end is asked.
+        under `_lock`, which is not held while the back end is asked. A row is written inside `with self.db`, which commits it.
         """
         known = (query, k, self.backend.name if self.backend else None)
         with self._lock:

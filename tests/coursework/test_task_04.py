@@ -20,9 +20,9 @@ def test_each_group_has_its_own_mean_and_deviation():
         "your advantages are normalised over the batch, not over each group of G": [
             -1.1634, -0.9773, -0.9773, -0.4188, 0.6981, 0.8842, 1.2565, 0.6981],
         "each reward is compared with the mean of the batch; its own group's mean is meant": [
-            -3.6082, -3.0309, -3.0309, -1.2989, 2.6515, 3.3586, 4.7727, 2.6515],
+            -3.6082, -3.0309, -3.0309, -1.299, 2.6515, 3.3585, 4.7726, 2.6515],
         "the deviation is that of the batch, although scale is 'group'": [
-            -0.2793, -0.0931, -0.0931, 0.4654, -0.1862, 0.0, 0.3723, -0.1862],
+            -0.2838, -0.0946, -0.0946, 0.4731, -0.1892, 0.0, 0.3784, -0.1892],
         "your standard deviation is biased (divided by n); the unbiased one divides by n - 1": [
             -0.9999, -0.3333, -0.3333, 1.6666, -0.8164, 0.0, 1.6328, -0.8164],
         "your advantages are not divided by the standard deviation": [-1.5, -0.5, -0.5, 2.5, -1.0, 0.0, 2.0, -1.0],

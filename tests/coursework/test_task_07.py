@@ -22,9 +22,10 @@ def columns(ids, *grids):
 
 
 def test_text_advances_by_one():
-    expect(lambda: columns([1, 2, 3]), [(0, 0, 0), (1, 1, 1), (2, 2, 2)], {
-        "the result is [T, 3]; [3, T] is asked": "shape [3, 1]", "positions start at 0": [(1, 1, 1), (2, 2, 2), (3, 3, 3)],
-        "text advances in time alone; all three advance": [(0, 0, 0), (1, 0, 0), (2, 0, 0)]}, "three words")
+    expect(lambda: columns([1, 2, 3, 4]), [(i, i, i) for i in range(4)], {
+        "the result is [T, 3]; [3, T] is asked": "shape [4, 3]",
+        "positions start at 0": [(i, i, i) for i in range(1, 5)],
+        "text advances in time alone; all three advance": [(i, 0, 0) for i in range(4)]}, "four words")
 
 
 def test_an_image_of_2_rows_and_3_columns():

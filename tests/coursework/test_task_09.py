@@ -47,6 +47,8 @@ def test_each_engine_has_its_own_record(tmp_path):
         kept = Replay(tmp_path / "r.sqlite", Engine("one")).search("Oslo", 1)
         return [p[0].title for p in (one, two, kept)]
     expect(titles, ["one Oslo", "two Oslo", "one Oslo"], {
+        "the row is written and never committed: another reader waits for it in vain; write inside `with self.db`":
+            "raised OperationalError",
         "one engine's passages are given as another's: the back end's name is part of what is looked up": ["one Oslo"] * 3,
     }, "two engines, one record")
 

@@ -24,7 +24,7 @@ def test_each_group_has_its_own_mean_and_deviation():
         "the deviation is that of the batch, although scale is 'group'": [
             -0.2838, -0.0946, -0.0946, 0.4731, -0.1892, 0.0, 0.3784, -0.1892],
         "your standard deviation is biased (divided by n); the unbiased one divides by n - 1": [
-            -0.9999, -0.3333, -0.3333, 1.6666, -0.8164, 0.0, 1.6328, -0.8164],
+            -0.9999, -0.3333, -0.3333, 1.6666, -0.8164, 0.0, 1.6329, -0.8164],
         "your advantages are not divided by the standard deviation": [-1.5, -0.5, -0.5, 2.5, -1.0, 0.0, 2.0, -1.0],
         "your groups are every G-th episode; the G episodes of a sample stand side by side": [
             -0.707, -0.707, -0.707, -0.7069, 0.707, 0.707, 0.707, 0.7069],

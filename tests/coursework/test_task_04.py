@@ -12,28 +12,28 @@ REWARDS = torch.tensor([0.0, 1, 1, 4, 10, 11, 13, 10], dtype=torch.float64)     
 
 
 def rounded(*arguments):
-    return [round(v, 4) for v in grpo.group_advantages(*arguments).tolist()]
+    return [round(v, 3) for v in grpo.group_advantages(*arguments).tolist()]
 
 
 def test_each_group_has_its_own_mean_and_deviation():
-    expect(lambda: rounded(REWARDS, 4), [-0.866, -0.2887, -0.2887, 1.4433, -0.7071, 0.0, 1.4141, -0.7071], {
+    expect(lambda: rounded(REWARDS, 4), [-0.866, -0.289, -0.289, 1.443, -0.707, 0.0, 1.414, -0.707], {
         "your advantages are normalised over the batch, not over each group of G": [
-            -1.1634, -0.9773, -0.9773, -0.4188, 0.6981, 0.8842, 1.2565, 0.6981],
+            -1.183, -0.993, -0.993, -0.426, 0.71, 0.899, 1.277, 0.71],
         "each reward is compared with the mean of the batch; its own group's mean is meant": [
-            -3.6082, -3.0309, -3.0309, -1.299, 2.6515, 3.3585, 4.7726, 2.6515],
+            -3.608, -3.031, -3.031, -1.299, 2.651, 3.359, 4.773, 2.651],
         "the deviation is that of the batch, although scale is 'group'": [
-            -0.2838, -0.0946, -0.0946, 0.4731, -0.1892, 0.0, 0.3784, -0.1892],
+            -0.284, -0.095, -0.095, 0.473, -0.189, 0.0, 0.378, -0.189],
         "your standard deviation is biased (divided by n); the unbiased one divides by n - 1": [
-            -0.9999, -0.3333, -0.3333, 1.6666, -0.8164, 0.0, 1.6329, -0.8164],
+            -1.0, -0.333, -0.333, 1.667, -0.816, 0.0, 1.633, -0.816],
         "your advantages are not divided by the standard deviation": [-1.5, -0.5, -0.5, 2.5, -1.0, 0.0, 2.0, -1.0],
-        "your groups are every G-th episode; the G episodes of a sample stand side by side": [
-            -0.707, -0.707, -0.707, -0.7069, 0.707, 0.707, 0.707, 0.7069],
+        "your groups are interleaved, every (N / G)-th episode; the G episodes of a sample stand side by side": [
+            -0.926, -1.147, -0.772, -0.521, 0.617, 0.938, 1.08, 0.73],
         "you divide by the variance, not by the standard deviation": [
-            -0.5, -0.1667, -0.1667, 0.8333, -0.5, 0.0, 0.9999, -0.5],
+            -0.5, -0.167, -0.167, 0.833, -0.5, 0.0, 1.0, -0.5],
         "the mean of the group is not taken off: a bad episode would be made likelier, too": [
-            0.0, 0.5773, 0.5773, 2.3093, 7.0706, 7.7776, 9.1918, 7.0706],
+            0.0, 0.577, 0.577, 2.309, 7.071, 7.778, 9.192, 7.071],
         "the sign is turned round: a better episode has a larger advantage": [
-            0.866, 0.2887, 0.2887, -1.4433, 0.7071, 0.0, -1.4141, 0.7071],
+            0.866, 0.289, 0.289, -1.443, 0.707, 0.0, -1.414, 0.707],
     }, "two groups of four")
 
 

@@ -134,7 +134,7 @@ def over_the_batch(rewards, group_size, scale="group"):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
 
 
-def every_gth(rewards, group_size, scale="group"):
+def interleaved(rewards, group_size, scale="group"):
     groups = rewards.view(group_size, -1)
     return ((groups - groups.mean(0)) / (groups.std(0) + 1e-4)).reshape(-1)
 
@@ -160,7 +160,7 @@ def nothing(*arguments):
 
 WHOLE = (
     (4, "grpo.py", "group_advantages", over_the_batch, "over the batch, not over each group of G"),
-    (4, "grpo.py", "group_advantages", every_gth, "every G-th"),
+    (4, "grpo.py", "group_advantages", interleaved, "interleaved"),
     (4, "grpo.py", "group_advantages", raw_rewards, "mean of the group is not taken off"),
     (7, "policy.py", "Policy.positions", flat_positions, "numbered like text"),
     (3, "rewards.py", "f1", seen_by_set, "found twice"),

@@ -1,4 +1,4 @@
-"""The assignments: what a student gets, what the tests say to typical mistakes, and that the grader cannot be had easily."""
+"""The assignments: what a student gets, what the tests say to typical mistakes, and what does not deceive the grader."""
 
 import importlib
 import inspect
@@ -37,7 +37,8 @@ def run_tests(number: int, folder) -> str:
 @pytest.mark.parametrize("number", NUMBERS)
 def test_typical_mistakes_are_named(number, monkeypatch, tmp_path):
     """Each wrong version in the place of the right one: the tests fail with the words for that mistake."""
-    wrong = [(file, name, changed(file, name, old, new), words) for task, file, name, old, new, words in CHANGES if task == number]
+    wrong = [(file, name, changed(file, name, old, new), words)
+             for task, file, name, old, new, words in CHANGES if task == number]
     wrong += [entry[1:] for entry in WHOLE if entry[0] == number]
     assert len(wrong) >= 5
     for i, (file, name, function, words) in enumerate(wrong):
@@ -66,8 +67,9 @@ def student(tmp_path_factory):
 
 def test_the_student_copy_fails_every_test_with_its_task(student):
     """One run over all tests of the copy; the full copy's own tests are part of this suite."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "--noconftest", "--junitxml", "report.xml"]
-    subprocess.run([*command, "tests/coursework"], cwd=student, capture_output=True, timeout=300)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "--noconftest",
+               "--junitxml", "report.xml", "tests/coursework"]
+    subprocess.run(command, cwd=student, capture_output=True, timeout=300)
     cases = list(program.ElementTree.parse(student / "report.xml").iter("testcase"))
     assert {case.get("classname") for case in cases} == {f"tests.coursework.test_task_{number:02d}" for number in NUMBERS}
     for case in cases:
@@ -154,7 +156,8 @@ def test_a_tampered_tests_folder_helps_nobody(student):
     ("import pytest; pytest.skip('no', allow_module_level=True)", "skipped"),
     ("def parse(turn):\n    import pytest\n    pytest.skip('I pass')", "I pass")])
 def test_what_ends_or_avoids_the_tests_is_a_failure(line, words, task_one, tmp_path):
-    grade = program.grade(submission(tmp_path / "bad", tools=task_one + "\n" + line + "\n"), TASKS[0], seconds=3 if "while" in line else 60)
+    bad = submission(tmp_path / "bad", tools=f"{task_one}\n{line}\n")
+    grade = program.grade(bad, TASKS[0], seconds=3 if "while" in line else 60)
     assert not grade.ok and grade.passed == 0 and words in grade.mistake
 
 

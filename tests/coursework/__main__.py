@@ -61,8 +61,9 @@ def strip(source: str, tasks: dict[str, int]) -> str:
         if ast.get_docstring(function) is None or len(function.body) < 2:
             raise ValueError(f"{name} needs a docstring, its specification, and a body")
         first, last = function.body[0].end_lineno, function.end_lineno      # the docstring's last line, the body's last
-        stub = " " * function.body[0].col_offset + f'raise NotImplementedError("task {number}: {name} is yours to write")\n'
-        lines[first:last] = [stub] + [""] * (last - first - 1)              # as many entries: the places below stay valid
+        stub = f'raise NotImplementedError("task {number}: {name} is yours to write")\n'
+        # as many entries as before, so that the places of the functions below stay valid
+        lines[first:last] = [" " * function.body[0].col_offset + stub] + [""] * (last - first - 1)
     return "".join(lines)
 
 
@@ -97,8 +98,8 @@ def make(folder: Path, tasks: tuple[Task, ...]) -> None:
 
 def assignments(tasks: tuple[Task, ...]) -> str:
     """What the student reads."""
-    text = ["# Assignments\n\nRead README.md first. The docstring of each function says exactly what it does: its shapes, formulas and "
-            "edge cases. Test yourself as you go, and see all results with `python -m tests.coursework grade .`\n\n"
+    text = ["# Assignments\n\nRead README.md first. The docstring of each function says exactly what it does: its shapes, "
+            "formulas and edge cases. Test yourself as you go, and see all results with `python -m tests.coursework grade .`\n\n"
             "The open questions run the whole program: answer them when every function of your copy is written.\n"]
     for task in tasks:
         where = ", ".join(f"`{file}:{name}`" for file, name in task.functions)
@@ -150,14 +151,15 @@ def limits(seconds: int) -> None:
 
 
 def run_tests(scratch: Path, test: str, seconds: int) -> str:
-    """Runs one test file in its own process group, which does not outlive the limit. Returns why it was stopped, or ""."""
+    """Runs one test file in its own process group, which does not outlive the limit. Returns why, or ""."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(scratch),
                "--junitxml", str(scratch / "report.xml"), test]
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(scratch), "TMPDIR": str(scratch), "LANG": "C.UTF-8",
-                   "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(scratch), "TMPDIR": str(scratch),
+                   "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    process = subprocess.Popen(command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: limits(seconds))
+    nothing = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+    process = subprocess.Popen(command, cwd=scratch, env=environment, start_new_session=True,
+                               preexec_fn=lambda: limits(seconds), **nothing)
     try:
         process.wait(seconds)
         return "" if process.returncode >= 0 else f"stopped by the system ({signal.strsignal(-process.returncode)})"
@@ -197,7 +199,8 @@ def grade(submission: Path, task: Task, seconds: int = SECONDS) -> Grade:
         try:
             results = read_report(scratch / "report.xml")
         except (OSError, ElementTree.ParseError):
-            return Grade(task, 0, len(wanted), stopped or "the tests did not come to their end: does the code end the process?")
+            ended = "the tests did not come to their end: does the code end the process?"
+            return Grade(task, 0, len(wanted), stopped or ended)
     passed = sum(results.get(name) == "" for name in wanted)
     if stopped:
         return Grade(task, passed, len(wanted), stopped)
@@ -208,8 +211,8 @@ def grade(submission: Path, task: Task, seconds: int = SECONDS) -> Grade:
 
 
 def print_table(grades: list[Grade]) -> None:
-    rows = [(str(g.task.number), ", ".join(f"{file}:{name}" for file, name in g.task.functions), f"{g.passed} of {g.total}",
-             g.mistake or ("ok" if g.ok else "failed")) for g in grades]
+    rows = [(str(g.task.number), ", ".join(f"{file}:{name}" for file, name in g.task.functions),
+             f"{g.passed} of {g.total}", g.mistake or ("ok" if g.ok else "failed")) for g in grades]
     rows = [("task", "function", "passed", "likely mistake"), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
@@ -220,13 +223,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.coursework", description="Student copies and grades.")
     parser.add_argument("what", choices=("make", "grade"))
     parser.add_argument("folder", type=Path, help="make: of the student copy, must not exist; grade: of the submission")
-    parser.add_argument("--task", type=int, nargs="+", choices=[t.number for t in TASKS], help="these tasks alone; default: all")
+    parser.add_argument("--task", type=int, nargs="+", choices=[t.number for t in TASKS],
+                        help="these tasks alone; default: all")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="that the tests of one task may take")
     options = parser.parse_args(arguments)
     tasks = tuple(t for t in TASKS if options.task is None or t.number in options.task)
     if options.what == "make":
         make(options.folder, tasks)
-        print(f"{options.folder}: student copy, tasks {', '.join(str(t.number) for t in tasks)}; start with ASSIGNMENTS.md")
+        numbers = ", ".join(str(t.number) for t in tasks)
+        print(f"{options.folder}: student copy, tasks {numbers}; start with ASSIGNMENTS.md")
         return 0
     if not options.folder.is_dir():
         sys.exit(f"{options.folder} is no folder; name the folder of a submission")

@@ -1,5 +1,6 @@
 """The assignments: what a student gets, what the tests say to typical mistakes, and what does not deceive the grader."""
 
+import doctest
 import importlib
 import inspect
 import re
@@ -184,5 +185,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_function_without_specification_cannot_be_a_task():
+    """And the example of `strip` is what it does."""
+    assert doctest.testmod(program).failed == 0 < doctest.testmod(program).attempted
     with pytest.raises(ValueError, match="docstring"):
         program.strip("def f(x):\n    return x\n", {"f": 1})

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("tests/coursework")
 COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "data", "tests")
 # Not for students: answers, wrong versions, the bug list with the right lines in it; and what runs leave behind.
-LEFT_OUT = ("tests/coursework/README.md", "tests/coursework/wrong.py", "tests/test_coursework.py", "tests/mutants.py",
-            "data/cache")
+LEFT_OUT = ("tests/coursework/README.md", "tests/coursework/wrong.py", "tests/test_coursework.py",
+            "tests/mutants.py", "tests/mutants.md", "tests/test_mutants.py", "data/cache")
 SECONDS = 120           # wall clock and processor time of one task; importing transformers takes some ten of them
 MEMORY_MB = 8192        # of data; torch alone reserves some hundred
 

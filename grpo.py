@@ -53,9 +53,11 @@ STATISTICS = (*PER_TOKEN, "grad_norm", "logp_error", "updates", "skipped_updates
 def group_advantages(rewards: torch.Tensor, group_size: int, scale: str = "group") -> torch.Tensor:
     """How much better each episode is than the mean of its group. [N] -> [N], N = groups * G.
 
-    scale "group" divides by the group's own standard deviation (the paper), "batch" by that of
+    The rewards of a group stand side by side: the first G belong to the first sample. The mean of its own group is
+    taken from each. scale "group" then divides by the group's own standard deviation (the paper), "batch" by that of
     all rewards, "none" not at all (Dr. GRPO). Deviations are unbiased (divided by n - 1), 1e-4
-    is added to them. A group whose rewards are all equal gets zeros: it teaches nothing.
+    is added to them. A group whose rewards are all equal gets exact zeros: it teaches nothing.
+    ValueError for rewards that make no groups of two or more, are not finite, or for another scale.
 
     >>> group_advantages(torch.tensor([1., 0., 0., 1.,   5., 5., 5., 5.]), 4, "none")
     tensor([ 0.5000, -0.5000, -0.5000,  0.5000,  0.0000,  0.0000,  0.0000,  0.0000])
@@ -78,6 +80,37 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale: str = "group
 
 
 # --- the loss ----------------------------------------------------------------------------------------
+
+
+def k3(logp: torch.Tensor, logp_ref: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """An estimate of KL(policy || reference) from each sampled id alone. Three times [B, T] -> [B, T].
+
+    With d = logp_ref - logp it is exp(d) - d - 1 (the third estimator of http://joschu.net/blog/kl-approx.html): never
+    negative, 0 where the two agree, and on average over ids that the policy samples it is the divergence. Where
+    mask is 0 it is 0, and so is its gradient, whatever logp and logp_ref hold there (even inf).
+
+    >>> k3(torch.tensor([[-1., -2., -3.]]), torch.tensor([[-1., -1., -4.]]), torch.tensor([[1, 1, 0]]))
+    tensor([[0.0000, 0.7183, 0.0000]])
+    """
+    d = (logp_ref - logp).masked_fill(mask == 0, 0.0)
+    return d.exp() - d - 1
+
+
+def clipped_objective(ratio: torch.Tensor, A: torch.Tensor, clip_low: float,
+                      clip_high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's objective of each id, to be maximised, and where the clip holds it: two tensors of ratio's shape.
+
+    ratio: policy now / policy at sampling, [B, T] (or [B, 1]); A: advantages, [B, 1]. The objective is the smaller of
+    ratio * A and clip(ratio, 1 - clip_low, 1 + clip_high) * A. So an id that has moved far enough the way its
+    advantage wants gains nothing more, and one that has moved the wrong way is always pulled back.
+    The second is True where the clipped product is the smaller one: there the gradient is 0.
+
+    >>> clipped_objective(torch.tensor([[1.5, 0.5]]), torch.tensor([[2.0]]), 0.2, 0.2)
+    (tensor([[2.4000, 1.0000]]), tensor([[ True, False]]))
+    """
+    unclipped = ratio * A
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * A
+    return torch.minimum(unclipped, bounded), bounded < unclipped
 
 
 def policy_loss(logp, logp_old, logp_ref, advantages, mask, *, loss_type: str = "grpo", clip_low: float = 0.2,
@@ -108,14 +141,8 @@ def policy_loss(logp, logp_old, logp_ref, advantages, mask, *, loss_type: str = 
         gain = ratio.clamp(max=clip_high).detach() * A * logp              # [B, T]
         clipped = ratio > clip_high
     else:
-        unclipped = ratio * A
-        bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * A
-        gain = torch.minimum(unclipped, bounded)                           # [B, T], gspo: [B, 1]
-        clipped = bounded < unclipped
-    kl = torch.zeros_like(logp)
-    if logp_ref is not None:
-        d = (logp_ref - logp).masked_fill(mask == 0, 0.0)
-        kl = d.exp() - d - 1                                               # k3 of KL(policy || reference)
+        gain, clipped = clipped_objective(ratio, A, clip_low, clip_high)   # [B, T], gspo: [B, 1]
+    kl = torch.zeros_like(logp) if logp_ref is None else k3(logp, logp_ref, mask)
     per_token = -(gain - beta * kl)                                        # Eq. (1), maximised
     loss = _aggregate(per_token, mask, loss_type, max_length)
     ratio, clipped = ratio.expand_as(logp), clipped.expand_as(logp)
@@ -123,7 +150,13 @@ def policy_loss(logp, logp_old, logp_ref, advantages, mask, *, loss_type: str = 
 
 
 def _aggregate(per_token, mask, loss_type: str, max_length: int | None):
-    """[B, T] -> scalar: the weights that loss_type gives to tokens and sequences."""
+    """[B, T] -> scalar: the weights that loss_type gives to tokens and sequences. mask [B, T], as floats.
+
+    TOKEN_MEANS (dapo, cispo): the sum over all sampled tokens / their number. dr_grpo: the sum / (B * max_length);
+    ValueError without max_length. The others: each sequence's mean over its own sampled tokens, then the mean over the
+    B sequences. What per_token holds where mask is 0 counts for nothing, not even inf; a sequence (or a batch) without
+    any sampled token counts as 0, not as 0 / 0.
+    """
     per_token = per_token.masked_fill(mask == 0, 0.0)
     if loss_type in TOKEN_MEANS:
         return per_token.sum() / mask.sum().clamp(min=1)
@@ -135,6 +168,13 @@ def _aggregate(per_token, mask, loss_type: str, max_length: int | None):
 
 
 def _token_means(mask, **values) -> dict[str, float]:
+    """The mean of each value over the sampled tokens alone, for the record: Python floats, without a gradient.
+
+    mask and values [B, T]. Without any sampled token the means are 0.
+
+    >>> _token_means(torch.tensor([[1., 1., 0.]]), kl=torch.tensor([[2., 4., 9.]]))
+    {'kl': 3.0}
+    """
     count = mask.sum().clamp(min=1)
     return {name: ((value.detach() * mask).sum() / count).item() for name, value in values.items()}
 

@@ -113,7 +113,14 @@ def kernel(function: str, *arguments) -> int:
 
 
 def limit_resources(jail: Jail) -> None:
-    """Memory, CPU time, file size, open files, processes; and no core dump, which would be a file."""
+    """Memory, CPU time, file size, open files, processes; and no core dump, which would be a file.
+
+    resource.setrlimit takes (soft, hard); both are the same here, but for CPU:
+      RLIMIT_CPU     seconds: one more than jail.seconds, rounded up; hard: yet one more
+      RLIMIT_AS      bytes of address space: jail.memory_mb MB (2 ** 20 bytes) beyond what this process has already,
+                     the first number of /proc/self/statm (pages); only on Linux
+      RLIMIT_FSIZE   FILE_BYTES, RLIMIT_NOFILE OPEN_FILES, RLIMIT_CORE 0, RLIMIT_NPROC 0 (no further process)
+    """
     used = 0
     if LINUX:       # the interpreter that was forked is not the program's fault
         with open("/proc/self/statm") as file:

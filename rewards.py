@@ -53,19 +53,23 @@ def normalize(text: str, chinese: bool = True) -> str:
 
 
 def tokens(prediction: str, gold: str, chinese: bool) -> tuple[list[str], list[str]]:
-    """Words of two normalized texts; characters as soon as one of the two is Chinese."""
+    """Words of two normalized texts; characters of both as soon as one of the two has a CHINESE one and chinese is True."""
     if chinese and (CHINESE.search(prediction) or CHINESE.search(gold)):
         return list(prediction), list(gold)
     return prediction.split(), gold.split()
 
 
 def harmonic(common: int, n_prediction: int, n_gold: int) -> float:
-    """F1 from counts: the harmonic mean of precision common / n_prediction and recall common / n_gold."""
+    """F1 from counts: the harmonic mean of precision common / n_prediction and recall common / n_gold, that is
+    2 common / (n_prediction + n_gold); 0.0 where nothing is common, without a division by zero."""
     return 2 * common / (n_prediction + n_gold) if common else 0.0
 
 
 def f1(prediction: str, gold: str, chinese: bool = True) -> float:
     """The official token F1, in [0, 1]: shared *distinct* tokens over the full lengths.
+
+    Both texts are normalized, then cut into `tokens`; `common` is the number of different tokens that are in both,
+    n_prediction and n_gold count every token, repeated ones too.
 
     >>> round(f1("the selected date is March 14, 2017", "March 14, 2017"), 3)       # 3 of 6 tokens, all 3 found
     0.667
@@ -141,7 +145,7 @@ class Reward:
 
 
 def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...], rotation_credit: bool = False) -> float:
-    """1 if the stated set of problems is the gold set. With `rotation_credit`, 0.5 for only the rotation of a double,
+    """1 if the stated set of problems is the gold set, else 0; 0 for none stated (None). With `rotation_credit`, 0.5 for only the rotation of a double,
     as the authors' code has it (it is not in the paper).
 
     >>> gold = ("rotation90", "dark")

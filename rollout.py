@@ -77,8 +77,11 @@ class Episode:
                images: list[ImageInput] = (), holders: int = 0) -> None:
         """Adds ids with their mask, log-probs and images; all together or, on a mismatch, not at all.
 
-        mask 1 needs one log-prob for each id and brings no image; mask 0 has no log-probs.
-        holders: how many of `ids` are image place holders, which `images` must fill exactly.
+        One piece is all sampled (mask 1: a turn) or not at all (mask 0: prompt, observation). mask 1 needs one log-prob
+        for each id and brings no image; mask 0 has no log-probs, and self.logp gets 0.0 for each id, so that
+        self.ids, self.mask and self.logp always have one length.
+        holders: how many of `ids` are image place holders; there are some exactly if there are images.
+        ValueError, with the episode as it was, where one of this is not so. The lists passed in stay as they are.
         """
         if mask == 1 and (logp is None or len(logp) != len(ids) or images):
             raise ValueError("sampled ids need exactly one log-prob each and bring no image")

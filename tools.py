@@ -100,6 +100,11 @@ PAPER_PROBLEM = re.compile(r"\s*\{\s*'[^']+'\s*(?:,\s*'[^']+'\s*)*\}\s*")
 def parse(turn: str) -> Action:
     """What the model wants to do.  Never raises; one pass over the text, whatever it is.
 
+    `read_tags` says where the body of each tag is, and what is wrong.  A fault makes the turn malformed (value None,
+    strict False) with that sentence as its error; so does a turn without an action, and one whose value is empty: "the
+    tag <answer> is empty".  The value of a problem is what `read_labels` makes of the body, of a program
+    `read_program`, of the other two the body without the blanks around it.  `is_strict` tells the last field.
+
     >>> parse("<think>It is dark.</think>\\n<problem> {'rotation90', 'dark'} </problem>")
     Action(kind='problem', value=('rotation90', 'dark'), error=None, strict=True)
     >>> parse("So: <answer> 42 </answer>")
@@ -604,6 +609,14 @@ class Replay:
             raise SearchRefused(f"record of searches {path}: {error}; name another file (--replay)") from None
 
     def search(self, query: str, k: int = 4) -> list[Passage]:
+        """What the record has for this back end, query and k (with backend None: any back end's), else what the back
+        end finds, which is then recorded under its name.
+
+        Table `searches`: backend, query, k, found (JSON: a list of [title, url, text]). `hits` and `misses` count what the
+        record had and had not. SearchError, and nothing is asked, where a miss is to be skipped or there is no back end;
+        an error of the back end's own passes through and leaves no record. Threads share `db` and the counters: both only
+        under `_lock`, which is not held while the back end is asked. A row is written inside `with self.db`, which commits it.
+        """
         known = (query, k, self.backend.name if self.backend else None)
         with self._lock:
             row = self.db.execute("SELECT found FROM searches WHERE query = ? AND k = ? AND backend = coalesce(?, backend)",

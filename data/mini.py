@@ -81,6 +81,16 @@ def draw_board(signs: list[Image.Image]) -> Image.Image:
     return board
 
 
+def noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Turns each pixel white (all three channels, 255) with chance 0.8; the others stay. RGB -> a new RGB image.
+
+    One `rng.random` of [height, width] decides, so that the same generator gives the same picture.
+    """
+    pixels = np.asarray(image).copy()
+    pixels[rng.random(pixels.shape[:2]) < 0.8] = 255
+    return Image.fromarray(pixels)
+
+
 def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.Image:
     """One of MAT's distortions. `rotation90` is stored counter-clockwise, as in MAT.
 
@@ -99,9 +109,7 @@ def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.
     if problem == "blur":
         return image.filter(ImageFilter.GaussianBlur(7.5))
     if problem == "noise":
-        pixels = np.asarray(image).copy()
-        pixels[rng.random(pixels.shape[:2]) < 0.8] = 255
-        return Image.fromarray(pixels)
+        return noise(image, rng)
     if problem == "none":
         return image
     raise ValueError(f"unknown problem {problem!r}; one of {', '.join(SINGLES)} (crop is a board, not a damage)")

@@ -1,0 +1,1 @@
+"""Assignments on the real code: see README.md (teachers) and tasks.py."""

@@ -4,10 +4,10 @@
     python tests/mutants.py --only clip --jobs 2      those with "clip" in their name, two at a time
     python tests/mutants.py --curves FOLDER --steps 25    trains six of them and draws their curves without names
 
-What it teaches: a test is worth what it notices. Every bug here has been made by somebody, in published trainers or in
-this one, and most of them raise nothing: the run goes on, the curves look plausible, the model learns less or something else. Each is
-applied to a copy of the repository, where the tests named beside it run; one of them must fail. The copy as it is
-comes first: there they must all pass, or "a test failed" would mean nothing.
+What it teaches: a test is worth what it notices. Bugs of this kind are easily made, and most of them raise nothing: the
+run goes on, the curves look plausible, the model learns less or something else. Each is applied to a copy of the
+repository, where the tests named beside it run; one of them must fail. The copy as it is comes first: there they must
+all pass, or "a test failed" would mean nothing.
 
 A text that is not found exactly once is an error that names its mutant, so that this list cannot drift away from the
 code (tests/test_mutants.py checks that in every run of the tests, and mutates nothing).
@@ -53,8 +53,8 @@ class MutantError(ValueError):
 
 MUTANTS = [
     # the parser
-    Mutant("words_around_the_tags_are_strict", "the format reward is judged on the tags, not on the whole turn", "tools.py",
-           'frame = think_start == len("<think>") and end + len(f"</{kind}>") == len(turn)', "frame = True",
+    Mutant("words_around_the_tags_are_strict", "the format reward is judged on the tags, not on the whole turn",
+           "tools.py", 'frame = think_start == len("<think>") and end + len(f"</{kind}>") == len(turn)', "frame = True",
            ("test_tools.py::test_text_around_the_tags_is_run_but_earns_no_format_reward",)),
     Mutant("strict_without_a_thought", "the format reward is paid without <think>", "tools.py",
            'if "think" not in spans:\n        return False', 'if "think" not in spans:\n        return True',
@@ -126,7 +126,8 @@ MUTANTS = [
            "return float(normalize(prediction, chinese) == normalize(gold, chinese))",
            "return float(prediction == gold)", ("test_rewards.py::test_official_scores_equal_the_slow_version",)),
     Mutant("only_the_first_gold", "only the first of several right answers counts", "rewards.py",
-           "golds = [golds] if isinstance(golds, str) else golds", "golds = [golds] if isinstance(golds, str) else golds[:1]",
+           "golds = [golds] if isinstance(golds, str) else golds",
+           "golds = [golds] if isinstance(golds, str) else golds[:1]",
            ("test_rewards.py::test_the_best_gold_counts_and_no_answer_is_zero",)),
     Mutant("any_answer_is_paid", "an answer is paid whether it is right or not", "rewards.py",
            'accuracy = em if answer_metric == "em" else best_f1', "accuracy = float(episode.answer is not None)",
@@ -203,8 +204,10 @@ MUTANTS = [
            ("test_grpo.py::test_advantages_belong_to_their_own_group",)),
     Mutant("flat_group_divided_by_zero", "a group of equal rewards is divided by its deviation, zero", "grpo.py",
            "centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)",
-           "return (centred / groups.std(dim=1, keepdim=True)).view(-1)", ("test_grpo.py::test_a_flat_group_teaches_nothing",)),
-    Mutant("clip_dropped", "the ratio is not clipped", "grpo.py", "gain = torch.minimum(unclipped, bounded)", "gain = unclipped",
+           "return (centred / groups.std(dim=1, keepdim=True)).view(-1)",
+           ("test_grpo.py::test_a_flat_group_teaches_nothing",)),
+    Mutant("clip_dropped", "the ratio is not clipped", "grpo.py",
+           "gain = torch.minimum(unclipped, bounded)", "gain = unclipped",
            ("test_grpo.py::test_clipping_stops_the_gradient_where_it_should",)),
     Mutant("larger_of_the_two", "the larger of clipped and unclipped is taken, not the smaller", "grpo.py",
            "gain = torch.minimum(unclipped, bounded)", "gain = torch.maximum(unclipped, bounded)",
@@ -226,8 +229,9 @@ MUTANTS = [
     Mutant("mean_over_rows_for_tokens", "dapo averages over each sequence first, as grpo does", "grpo.py",
            "    if loss_type in TOKEN_MEANS:\n        return per_token.sum() / mask.sum().clamp(min=1)\n", "",
            ("test_grpo.py::test_loss_and_gradient_equal_the_slow_version",)),
-    Mutant("micro_batches_weigh_alike", "the gradient is averaged over rows where the loss averages over tokens", "grpo.py",
-           "by_tokens if config.loss_type in TOKEN_MEANS else ", "", ("test_grpo.py::test_micro_batches_change_nothing",)),
+    Mutant("micro_batches_weigh_alike", "the gradient is averaged over rows where the loss averages over tokens",
+           "grpo.py", "by_tokens if config.loss_type in TOKEN_MEANS else ", "",
+           ("test_grpo.py::test_micro_batches_change_nothing",)),
     # the update
     Mutant("off_by_one", "each id is scored by its own hidden state, not by the one before it", "pack.py",
            "rows * ids.shape[1] + columns - 1 ", "rows * ids.shape[1] + columns ",
@@ -240,7 +244,8 @@ MUTANTS = [
            "logp, batch.logp_old, ref, advantages", "logp, logp.detach(), ref, advantages",
            ("test_grpo.py::test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone",)),
     Mutant("temperature_in_one_place", "sampled at the temperature, trained at 1", "grpo.py",
-           "logp, entropy = episode_logp(policy, batch, config.temperature)", "logp, entropy = episode_logp(policy, batch)",
+           "logp, entropy = episode_logp(policy, batch, config.temperature)",
+           "logp, entropy = episode_logp(policy, batch)",
            ("test_grpo.py::test_the_update_scores_at_the_temperature_of_sampling",)),
     Mutant("reference_is_updated", "the reference is the policy itself", "grpo.py",
            "model = copy.deepcopy(policy.model).requires_grad_(False)", "model = policy.model",
@@ -259,7 +264,8 @@ MUTANTS = [
            ("test_grpo.py::test_a_gradient_that_is_not_finite_is_skipped_and_counted",)),
     # the program
     Mutant("rate_never_falls", "the learning rate stays where the warm-up left it", "arft.py",
-           'return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)', "return warm",
+           'return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)',
+           "return warm",
            ("test_arft.py::test_the_learning_rate_by_hand",)),
     Mutant("rate_ten_times_too_high", "the learning rate is ten times what was asked for", "arft.py",
            'group["lr"] = config.lr * self.rate()', 'group["lr"] = 10 * config.lr * self.rate()',
@@ -295,8 +301,8 @@ def changed(mutant: Mutant, root: Path = ROOT) -> str:
     """The text of the mutant's file with its bug. Raises MutantError if the old text is not there exactly once."""
     text = (root / mutant.file).read_text(encoding="utf-8")
     if (count := text.count(mutant.old)) != 1:
-        raise MutantError(f"mutant {mutant.name}: its old text stands {count} times in {mutant.file}, not once; the code "
-                          f"has changed, so change `old` in tests/mutants.py:\n{mutant.old}")
+        raise MutantError(f"mutant {mutant.name}: its old text stands {count} times in {mutant.file}, not once; the "
+                          f"code has changed, so change `old` in tests/mutants.py:\n{mutant.old}")
     return text.replace(mutant.old, mutant.new)
 
 
@@ -313,11 +319,13 @@ def applied(mutant: Mutant, copy: Path):
 
 
 def copy_of(root: Path, folder: Path) -> Path:
-    """The repository's files, as they are and without what git ignores, in a folder of their own; MAT-mini as a link."""
+    """The repository's files, as they are, without what git ignores, in a folder of their own; MAT-mini as a link."""
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root,
                             capture_output=True, text=True)
-    names = (listed.stdout.rstrip("\0").split("\0") if listed.returncode == 0 else
-             [str(path.relative_to(root)) for path in root.rglob("*") if not {"runs", "cache", "__pycache__"} & {*path.parts}])
+    names = listed.stdout.rstrip("\0").split("\0")
+    if listed.returncode or names == [""]:      # no checkout of git
+        names = [str(path.relative_to(root)) for path in root.rglob("*")
+                 if not {"runs", "cache", "__pycache__"} & {*path.relative_to(root).parts}]
     for name in names:
         if (root / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -350,9 +358,11 @@ def run_tests(copy: Path, tests, seconds: float = SECONDS) -> tuple[str, str]:
 
 
 def chosen(part: str) -> list[Mutant]:
-    found = [mutant for mutant in MUTANTS if part in mutant.name]
+    """Those with `part` in their name, or of the file `part`."""
+    found = [mutant for mutant in MUTANTS if part in mutant.name or part == mutant.file]
     if not found:
-        raise MutantError(f"--only {part}: no mutant has this in its name; there are {', '.join(m.name for m in MUTANTS)}")
+        raise MutantError(f"--only {part}: no mutant has this in its name or is of this file; there are "
+                          f"{', '.join(mutant.name for mutant in MUTANTS)}")
     return found
 
 
@@ -382,8 +392,8 @@ def hunt(mutants: list[Mutant], jobs: int) -> int:
         alive = 0
         for mutant, (how, what) in zip(mutants, pool.map(attempt, mutants)):
             alive += how != "killed"
-            print(f"{mutant.name:34} {what if how == 'killed' else 'SURVIVED' if how == 'passed' else 'ERROR: ' + what}",
-                  flush=True)
+            verdict = {"killed": what, "passed": "SURVIVED", "error": f"ERROR: {what}"}[how]
+            print(f"{mutant.name:38} {verdict}", flush=True)
     print(f"{len(mutants)} mutants, {len(mutants) - alive} killed")
     return 1 if alive else 0
 
@@ -412,8 +422,8 @@ def train_curves(folder: Path, steps: int, more: list[str]) -> None:
             if name != "sound":
                 mutant, = (mutant for mutant in MUTANTS if mutant.name == name)
                 (copy / mutant.file).write_text(changed(mutant, copy), encoding="utf-8")
-            command = [sys.executable, "arft.py", "--task", "mat-coding", "--steps", str(steps), "--samples-per-step", "4",
-                       "--eval-samples", "20", *more, "--out", str((folder / name).resolve())]
+            command = [sys.executable, "arft.py", "--task", "mat-coding", "--steps", str(steps), "--samples-per-step",
+                       "4", "--eval-samples", "20", *more, "--out", str((folder / name).resolve())]
             print(f"{name}: {' '.join(command[1:])}", flush=True)
             subprocess.run(command, cwd=copy, check=True)
 
@@ -428,7 +438,8 @@ def smooth(values: list[float], width: int = 3) -> list[float]:
 def curve(values: list[float], top: float, left: float, y: float, colour: str, width: float) -> str:
     """One polyline in the panel whose upper left corner is (left, y); what is above the axis is drawn at its top."""
     across = WIDE / max(1, len(values) - 1)
-    points = " ".join(f"{left + across * i:.1f},{y + HIGH * (1 - min(value / top, 1)):.1f}" for i, value in enumerate(values))
+    points = " ".join(f"{left + across * i:.1f},{y + HIGH * (1 - min(value / top, 1)):.1f}"
+                      for i, value in enumerate(values))
     return f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="{points}"/>'
 
 
@@ -453,15 +464,16 @@ def draw_curves(folder: Path) -> str:
         shapes.append(f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">{top:.3g}</text>'
                       f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" font-size="10">0</text>')
     width, height = LEFT + len(CURVES) * (WIDE + 14), TOP + len(PANELS) * (HIGH + 22) + 12
-    shapes.append(f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code without a bug; '
-                  "means over three steps</text>")
+    shapes.append(f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code '
+                  "without a bug; means over three steps</text>")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-            f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="white"/>{"".join(shapes)}</svg>\n')
+            f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="white"/>'
+            f'{"".join(shapes)}</svg>\n')
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="mutants whose name has this in it")
+    parser.add_argument("--only", default="", help="mutants whose name or file has this in it")
     parser.add_argument("--jobs", type=int, default=1, help="mutants side by side; one thread each")
     parser.add_argument("--curves", type=Path, help="train six mutants into this folder and draw curves.svg there")
     parser.add_argument("--steps", type=int, default=25, help="of each of these runs")

@@ -70,7 +70,7 @@ MUTANTS = [
            "        elif left <= 0:\n", "        elif False:\n", ("test_tools.py::test_time_is_limited",)),
     Mutant("no_memory_limit", "a program may take all memory", "jail.py",
            '"AS": used + (jail.memory_mb << 20)}', '"AS": resource.RLIM_INFINITY}',
-           ("test_tools.py::test_a_limit_is_an_observation",)),
+           ("test_tools.py::test_the_second_lines_of_defence_are_up",)),
     Mutant("environment_passed_on", "programs see the trainer's environment variables, keys included", "tools.py",
            "env=environment, pass_fds", "env=os.environ | environment, pass_fds",
            ("test_tools.py::test_nothing_of_the_trainer_is_inherited",)),
@@ -82,7 +82,7 @@ MUTANTS = [
            "            with suppress(Exception):\n"
            '                return Image.open(io.BytesIO(file.read())).convert("RGB"), None\n'
            "            if file.read(len(start)) == start:\n",
-           ("test_tools.py::test_the_reply_cannot_be_forged",)),
+           ("test_tools.py::test_a_program_that_says_itself_that_it_is_done_has_ended_itself",)),
     Mutant("any_size_is_decoded", "a picture of any size is decoded", "jail.py",
            "if image.width * image.height > PIXELS or max(image.size) > SIDE:", "if False:",
            ("test_tools.py::test_a_hostile_image_is_an_error",)),

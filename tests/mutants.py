@@ -16,18 +16,18 @@ Read next: mutants.md, which makes an assignment of it. Left out: mutants made b
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
+import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -306,18 +306,6 @@ def changed(mutant: Mutant, root: Path = ROOT) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-@contextmanager
-def applied(mutant: Mutant, copy: Path):
-    """Inside, the copy has the bug."""
-    file = copy / mutant.file
-    sound = file.read_bytes()
-    file.write_text(changed(mutant, copy), encoding="utf-8")
-    try:
-        yield
-    finally:
-        file.write_bytes(sound)
-
-
 def copy_of(root: Path, folder: Path) -> Path:
     """The repository's files, as they are, without what git ignores, in a folder of their own; MAT-mini as a link."""
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root,
@@ -335,26 +323,41 @@ def copy_of(root: Path, folder: Path) -> Path:
     return folder
 
 
-def run_tests(copy: Path, tests, seconds: float = SECONDS) -> tuple[str, str]:
-    """("passed" | "killed" | "error", the first test that failed or what went wrong)."""
-    # compiled files are not kept: two versions of a file within a second may look the same
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider",
-         *(f"tests/{test}" for test in tests)],
-        cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        said, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return "error", f"no end within {seconds} s"
-    failed = re.search(r"^FAILED tests/(\S+?\.py::\w+)", said, re.MULTILINE)
-    if process.returncode == 0 and " passed" in said:
+def warm() -> None:
+    """Imports what takes long and is not of this repository; a process that is forked from this one has it at once."""
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sys.dont_write_bytecode = True      # two versions of a file within a second may look the same
+    import pytest                                                           # noqa: F401
+    import torch                                                            # noqa: F401
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration   # noqa: F401
+
+
+def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:
+    """Runs tests on a copy with the bug, or without any: ("passed" | "killed" | "error", the first test that failed or
+    what went wrong). In a process of its own: it imports the copy's modules."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as home:
+        copy = copy_of(ROOT, Path(home))
+        if mutant:
+            (copy / mutant.file).write_text(changed(mutant), encoding="utf-8")
+        return run_tests(copy, tests, SECONDS if mutant else 10 * SECONDS)
+
+
+def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
+    import pytest
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
+    os.chdir(copy)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)       # KeyboardInterrupt: pytest ends
+    signal.alarm(int(seconds))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = pytest.main(["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)])
+    failed = re.search(r"^FAILED tests/(\S+?\.py::\w+)", said.getvalue(), re.MULTILINE)
+    if code == 0 and " passed" in said.getvalue():
         return "passed", ""
-    if process.returncode == 1 and failed:
+    if code == 1 and failed:
         return "killed", failed[1]
-    return "error", " ".join(said.split())[-300:]      # nothing collected, a file that cannot be imported, ...
+    if code == 2:
+        return "error", f"a file cannot be imported, or no end within {seconds} s"
+    return "error", " ".join(said.getvalue().split())[-300:]        # nothing collected, an error in a fixture, ...
 
 
 def chosen(part: str) -> list[Mutant]:
@@ -371,26 +374,15 @@ def hunt(mutants: list[Mutant], jobs: int) -> int:
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     for mutant in mutants:
         changed(mutant)
-    with tempfile.TemporaryDirectory(prefix="mutants-") as home, ThreadPoolExecutor(jobs) as pool:
-        copies = queue.SimpleQueue()
-        for i in range(jobs):
-            copies.put(copy_of(ROOT, Path(home) / str(i)))
-
-        def attempt(mutant: Mutant) -> tuple[str, str]:
-            copy = copies.get()
-            try:
-                with applied(mutant, copy):
-                    return run_tests(copy, mutant.tests)
-            finally:
-                copies.put(copy)
-
-        print(f"{len(tests)} tests on the code as it is: ", end="", flush=True)
-        how, what = run_tests(Path(home) / "0", tests, 10 * SECONDS)
-        print(how, what)
+    warm()
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        how, what = pool.apply(attempt, (None, tests))
+        print(f"{len(tests)} tests on the code as it is: {how} {what}", flush=True)
         if how != "passed":
             return 1
         alive = 0
-        for mutant, (how, what) in zip(mutants, pool.map(attempt, mutants)):
+        for mutant, result in [(mutant, pool.apply_async(attempt, (mutant, mutant.tests))) for mutant in mutants]:
+            how, what = result.get()
             alive += how != "killed"
             verdict = {"killed": what, "passed": "SURVIVED", "error": f"ERROR: {what}"}[how]
             print(f"{mutant.name:38} {verdict}", flush=True)

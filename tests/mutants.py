@@ -250,6 +250,12 @@ MUTANTS = [
     Mutant("reference_is_updated", "the reference is the policy itself", "grpo.py",
            "model = copy.deepcopy(policy.model).requires_grad_(False)", "model = policy.model",
            ("test_grpo.py::test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone",)),
+    Mutant("adapters_in_the_reference", "with LoRA the reference has the adapters on, so that the KL is always 0", "grpo.py",
+           "with reference.without_adapters():", "with torch.no_grad():",
+           ("test_lora.py::test_the_reference_is_the_model_without_adapters",)),
+    Mutant("masters_are_rounded", "the float32 master weights are rounded to bfloat16 after each step", "grpo.py",
+           "weight.copy_(master) ", "weight.copy_(master); master.copy_(weight) ",
+           ("test_lora.py::test_at_the_papers_learning_rate_bfloat16_rounds_every_update_away",)),
     Mutant("advantages_of_other_episodes", "a minibatch's episodes get the advantages of others", "grpo.py",
            "[episodes[i] for i in rows], advantages[rows],", "[episodes[i] for i in rows], advantages[:len(rows)],",
            ("test_grpo.py::test_minibatches_share_the_gradient_of_the_whole",)),
@@ -260,7 +266,7 @@ MUTANTS = [
            "policy.model.parameters(), config.max_grad_norm)", 'policy.model.parameters(), float("inf"))',
            ("test_grpo.py::test_a_long_gradient_is_scaled_down_and_recorded_as_it_was",)),
     Mutant("nan_is_trained_on", "an update whose gradient is not finite is carried out", "grpo.py",
-           'if not (torch.isfinite(norm) and math.isfinite(part["loss"])):', "if False:",
+           'finite = bool(torch.isfinite(norm)) and math.isfinite(part["loss"])', "finite = True",
            ("test_grpo.py::test_a_gradient_that_is_not_finite_is_skipped_and_counted",)),
     # the program
     Mutant("rate_never_falls", "the learning rate stays where the warm-up left it", "arft.py",
@@ -286,7 +292,7 @@ MUTANTS = [
            "islice(self.order, self.steps * self.config.samples_per_step)", "islice(self.order, 0)",
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
     Mutant("resume_forgets_the_optimiser", "a resumed run has AdamW without its past", "arft.py",
-           'self.optimizer.load_state_dict(state["optimizer"])', "pass",
+           "self.optimizer.load_state_dict(learned)", "pass",
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
 ]
 

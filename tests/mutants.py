@@ -331,7 +331,8 @@ def copy_of(root: Path, folder: Path) -> Path:
 
 def warm() -> None:
     """Imports what takes long and is not of this repository; a process that is forked from this one has it at once."""
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # one thread, whatever conftest.py asks torch for: on a busy machine two would wait for each other, spinning
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_THREAD_LIMIT": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.dont_write_bytecode = True      # two versions of a file within a second may look the same
     import pytest                                                           # noqa: F401
     import torch                                                            # noqa: F401

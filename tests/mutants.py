@@ -276,9 +276,10 @@ MUTANTS = [
     Mutant("rate_ten_times_too_high", "the learning rate is ten times what was asked for", "arft.py",
            'group["lr"] = config.lr * self.rate()', 'group["lr"] = 10 * config.lr * self.rate()',
            ("test_arft.py::test_training_changes_the_weights_and_evaluation_does_not",)),
-    Mutant("vision_tower_trained", "the vision tower is trained although --vision says frozen", "arft.py",
-           'if config.vision == "frozen":', "if False:",
-           ("test_arft.py::test_training_changes_the_weights_and_evaluation_does_not",)),
+    Mutant("trained_tower_is_not_asked_again", "with --vision trained the features of the step's start are kept: no "
+           "gradient reaches the tower", "arft.py",
+           'if policy is not None and self.config.vision == "frozen":', "if policy is not None:",
+           ("test_grpo.py::test_a_frozen_tower_sees_each_image_once_a_step",)),
     Mutant("greedy_evaluation_samples", "the greedy evaluation is sampled, too", "arft.py",
            "dataclasses.replace(config.limits, temperature=temperature)", "config.limits",
            ("test_arft.py::test_evaluation_is_greedy_and_sampled_at_temperature_one",)),

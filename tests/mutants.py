@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -432,10 +433,9 @@ def train_curves(folder: Path, steps: int, more: list[str]) -> None:
 
 
 def smooth(values: list[float], width: int = 3) -> list[float]:
-    """The mean over a window of `width` steps round each step."""
+    """The median of a window of `width` steps round each step: a single step's KL may be ten times its neighbours'."""
     half = width // 2
-    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    return [statistics.median(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
 
 def curve(values: list[float], top: float, left: float, y: float, colour: str, width: float) -> str:
@@ -468,7 +468,7 @@ def draw_curves(folder: Path) -> str:
                       f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" font-size="10">0</text>')
     width, height = LEFT + len(CURVES) * (WIDE + 14), TOP + len(PANELS) * (HIGH + 22) + 12
     shapes.append(f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code '
-                  "without a bug; means over three steps</text>")
+                  "without a bug; medians of three steps</text>")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
             f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="white"/>'
             f'{"".join(shapes)}</svg>\n')

@@ -251,8 +251,8 @@ MUTANTS = [
     Mutant("reference_is_updated", "the reference is the policy itself", "grpo.py",
            "model = copy.deepcopy(policy.model).requires_grad_(False)", "model = policy.model",
            ("test_grpo.py::test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone",)),
-    Mutant("adapters_in_the_reference", "with LoRA the reference has the adapters on, so that the KL is always 0", "grpo.py",
-           "with reference.without_adapters():", "with torch.no_grad():",
+    Mutant("adapters_in_the_reference", "with LoRA the reference has the adapters on, so that the KL is always 0",
+           "grpo.py", "with reference.without_adapters():", "with torch.no_grad():",
            ("test_lora.py::test_the_reference_is_the_model_without_adapters",)),
     Mutant("masters_are_rounded", "the float32 master weights are rounded to bfloat16 after each step", "grpo.py",
            "weight.copy_(master) ", "weight.copy_(master); master.copy_(weight) ",
@@ -361,7 +361,8 @@ def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
     signal.signal(signal.SIGALRM, signal.default_int_handler)       # KeyboardInterrupt: pytest ends
     signal.alarm(int(seconds))
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        code = pytest.main(["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)])
+        code = pytest.main(["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider",
+                            *(f"tests/{test}" for test in tests)])
     failed = re.search(r"^FAILED tests/(\S+?\.py::\w+)", said.getvalue(), re.MULTILINE)
     if code == 0 and " passed" in said.getvalue():
         return "passed", ""

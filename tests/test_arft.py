@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from arft import Config, UsageError, main, parse_options
 from conftest import ROOT
 from data.mat import DataError
 from policy import load
+from rollout import Clock, Episode
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
 SHORT = ["--steps", "2", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "6", "--max-turns", "3"]
@@ -142,6 +144,26 @@ def test_training_changes_the_weights_and_evaluation_does_not(tmp_path):
     _, out = run(tmp_path, *SHORT, "--lr", "1e-3", name="trained")
     start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
     assert any(not torch.equal(start[k], end[k]) for k in start)
+    assert [m["lr"] for m in lines(out / "metrics.jsonl")] == [pytest.approx(1e-3 / 6, rel=1e-4)] * 2
+
+
+def test_the_learning_rate_by_hand():
+    """Four steps of warm-up of a run of ten; step s of the line down has 1 - s / 10 left."""
+    def rates(schedule):
+        config = Config(steps=10, warmup=4, lr_schedule=schedule)
+        return [round(arft.Trainer.rate(SimpleNamespace(config=config, steps=s)), 6) for s in range(10)]
+    assert rates("linear") == [0.2, 0.36, 0.48, 0.56, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert rates("constant") == [0.2, 0.4, 0.6, 0.8] + [1.0] * 6
+
+
+def test_evaluation_is_greedy_and_sampled_at_temperature_one(monkeypatch, samples):
+    """Whatever the temperature of training is."""
+    asked = []
+    monkeypatch.setattr(arft, "attempt", lambda policy, samples, config, limits, **more: (
+        asked.append(limits.temperature), [Episode(sample) for sample in samples])[1])
+    arft.evaluate_both(SimpleNamespace(device=torch.device("cpu")), samples(("dark",)), None,
+                       Config(temperature=0.7, max_new_tokens=9, eval_batch=8), Clock(), "")
+    assert asked == [0.0, 1.0]
 
 
 def test_a_bad_image_in_the_middle_costs_nothing_that_was_learned(tmp_path, monkeypatch, capsys):

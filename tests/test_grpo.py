@@ -175,12 +175,17 @@ def episodes(fresh_policy, samples, tools):
                    limits=Limits(max_new_tokens=96), generator=torch.Generator().manual_seed(1))
 
 
-def gradient_of(policy, reference, episodes, advantages, config):
+def gradients_of(policy, reference, episodes, advantages, config):
+    """The gradients that the optimiser is given, one for each of its steps (it changes nothing), and the statistics."""
     seen = []
     optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(), step=lambda: seen.append(
         torch.cat([w.grad.flatten() for w in policy.model.parameters() if w.grad is not None])))
-    update(policy, reference, episodes, advantages, optimizer, config, torch.Generator().manual_seed(0))
-    return seen[0]
+    stats = update(policy, reference, episodes, advantages, optimizer, config, torch.Generator().manual_seed(0))
+    return seen, stats
+
+
+def gradient_of(policy, reference, episodes, advantages, config):
+    return gradients_of(policy, reference, episodes, advantages, config)[0][0]
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -248,6 +253,36 @@ def test_kept_features_change_nothing(fresh_policy, episodes):
     kept = gradient_of(fresh_policy, reference, episodes, A, options())
     torch.testing.assert_close(kept, plain, atol=1e-6, rtol=1e-5)
     assert set(fresh_policy.kept) == {image for episode in episodes for image in episode.images}
+
+
+def test_minibatches_share_the_gradient_of_the_whole(fresh_policy, episodes):
+    """Each episode with its own advantage, each gradient from zero: while the policy stands still, their mean is the
+    gradient of all episodes at once."""
+    A = group_advantages(torch.tensor([3.0, 0, 1, 0, 0, 1, 0, 5]), 4)
+    whole = gradient_of(fresh_policy, None, episodes, A, options())
+    parts, _ = gradients_of(fresh_policy, None, episodes, A, options(minibatches=2, inner_epochs=2))
+    assert len(parts) == 4
+    for one, other in (parts[:2], parts[2:]):
+        assert (one - other).abs().max() > 0.1 * whole.abs().max()
+        assert ((one + other) / 2 - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
+def test_a_long_gradient_is_scaled_down_and_recorded_as_it_was(fresh_policy, episodes):
+    A = group_advantages(torch.arange(8.0), 4)
+    (free,), _ = gradients_of(fresh_policy, None, episodes, A, options())
+    (short,), stats = gradients_of(fresh_policy, None, episodes, A, options(max_grad_norm=0.01))
+    assert stats["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-4) and free.norm() > 0.1
+    torch.testing.assert_close(short, free * 0.01 / free.norm(), atol=1e-6, rtol=1e-3)
+
+
+def test_the_update_scores_at_the_temperature_of_sampling(fresh_policy, samples, tools):
+    """At 0.6 as at 1: before the first step every ratio is 1 and the reference, the same model, agrees."""
+    episodes = rollout(fresh_policy, samples(("dark",), ("noise",)), group_size=4, tools=tools,
+                       limits=Limits(temperature=0.6, max_new_tokens=48), generator=torch.Generator().manual_seed(1))
+    stats = {t: gradients_of(fresh_policy, reference_of(fresh_policy), episodes, group_advantages(torch.arange(8.0), 4),
+                             options(temperature=t))[1] for t in (0.6, 1.0)}
+    assert stats[0.6]["logp_error"] < 1e-4 and stats[0.6]["kl"] < 1e-6
+    assert stats[1.0]["logp_error"] > 0.1, "this would prove nothing"
 
 
 def test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone(fresh_policy, episodes):

@@ -567,6 +567,8 @@ def test_the_second_lines_of_defence_are_up(picture):
     for line in ("CapEff: 0000000000000000", "CapPrm: 0000000000000000", "NoNewPrivs: 1", "Seccomp: 2",
                  "Max cpu time 11 12 seconds", "Max core file size 0 0 bytes", "Max processes 0 0 processes"):
         assert line in text
+    memory = re.search(r"Max address space (\d+) ", text)        # what was asked for, and the interpreter that was forked
+    assert memory and 1024 << 20 < int(memory[1]) < 4096 << 20
 
 
 # The way back: the program leaves a hostile file, or answers in the sandbox's place.

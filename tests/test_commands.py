@@ -298,7 +298,7 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
     sample = dataclasses.replace(*samples(("none",)), golds=("FOOD\\nDIRECTORY",))
     for scorer, other, right in (("official", "repaired", 0.0), ("repaired", "official", 1.0)):
         play(monkeypatch, policy, answer("FOOD DIRECTORY"))
-        config = Config(scorer=scorer, max_new_tokens=96)
+        config = Config(scorer=scorer, max_new_tokens=96, eval_batch=100)
         summary, rows = arft.evaluate(policy, [sample], None, config, 0.0, Clock(), "scripted", EPISODE)
         episodes = [row["episode"] for row in rows]
         assert summary["em"] == right and summary[other]["em"] == 1 - right and scorer not in summary

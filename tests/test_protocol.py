@@ -288,7 +288,7 @@ def test_parts_that_a_row_does_not_have_are_none():
 def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(policy, tools, monkeypatch, protocol, images):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[0]
     play(monkeypatch, policy, problem("rotation180"), code("image = image.rotate(180)"), answer("1 Can (473mL)."))
-    config = arft.Config(protocol=protocol, max_new_tokens=96)
+    config = arft.Config(protocol=protocol, eval_batch=100, max_new_tokens=96)
     summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted", EPISODE)
     episode = row["episode"]
     assert (summary["em"], summary["f1"], summary["repaired"]["em"]) == (1.0, 1.0, 1.0)
@@ -309,7 +309,7 @@ def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(polic
     width, height = sample.open_image().size
     size = size or (int(.506 * width) - int(.366 * width), int(.851 * height) - int(.723 * height))
     play(monkeypatch, policy, problem("crop"), CROP, answer("SINCE 1994"))
-    config = arft.Config(protocol=protocol, max_new_tokens=96, max_length=10_000)
+    config = arft.Config(protocol=protocol, eval_batch=100, max_new_tokens=96, max_length=10_000)
     summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted", EPISODE)
     episode = row["episode"]
     assert summary["em"] == 1.0 and episode.view.size == size and episode.sample.split == "hard"

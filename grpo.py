@@ -87,7 +87,8 @@ def k3(logp: torch.Tensor, logp_ref: torch.Tensor, mask: torch.Tensor) -> torch.
 
     With d = logp_ref - logp it is exp(d) - d - 1 (the third estimator of http://joschu.net/blog/kl-approx.html): never
     negative, 0 where the two agree, and on average over ids that the policy samples it is the divergence. Where
-    mask is 0 it is 0, and so is its gradient, whatever logp and logp_ref hold there (even inf).
+    mask is 0 it is 0, and so is its gradient, whatever logp and logp_ref hold there (even inf: fill before the
+    exponential; masking the result would leave 0 * inf, which is nan, in the gradient).
 
     >>> k3(torch.tensor([[-1., -2., -3.]]), torch.tensor([[-1., -1., -4.]]), torch.tensor([[1, 1, 0]]))
     tensor([[0.0000, 0.7183, 0.0000]])

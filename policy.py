@@ -203,10 +203,10 @@ class Policy:
 
         Text: all three advance by one, from 0. An image that starts at p: time stays p, height and width
         count its rows and columns from p on, row by row; the text after it starts at p + max(rows, columns).
-        In ids an image is a run of `self.image_pad`, one for each merge x merge patches of its grid: rows = height of the
-        grid / self.merge. Two images without text between them are one run; `images` tells where the first ends.
+        In ids an image is a run of `self.image_pad`, one for each merge x merge patches of its grid (time, height, width): rows =
+        height / self.merge, columns = width / self.merge. Two images without text between them are one run; `images` tells where the first ends.
         ValueError where the place holders are more or fewer than the images need. Integers, contiguous.
-        Always computed from the whole list and sliced, so that a cached continuation cannot restart.
+        Callers pass the whole list and slice the result, so that a cached continuation cannot restart.
         """
         rows, p, i, pending = [], 0, 0, iter(images)
         while i < len(ids):

@@ -78,7 +78,7 @@ class Episode:
         """Adds ids with their mask, log-probs and images; all together or, on a mismatch, not at all.
 
         One piece is all sampled (mask 1: a turn) or not at all (mask 0: prompt, observation). mask 1 needs one log-prob
-        for each id and brings no image; mask 0 has no log-probs, and self.logp gets 0.0 for each id, so that
+        for each id and brings no image; with mask 0 logp is None, and self.logp gets 0.0 for each id, so that
         self.ids, self.mask and self.logp always have one length.
         holders: how many of `ids` are image place holders; there are some exactly if there are images.
         ValueError, with the episode as it was, where one of this is not so. The lists passed in stay as they are.

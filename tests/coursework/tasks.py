@@ -70,7 +70,7 @@ TASKS = (
          "run, how many in the second (`Replay` counts `hits` and `misses`; `searches` in the run's records)?"),
     Task(10, "A problem, from drawing to reward", (("data/mini.py", "noise"), ("rewards.py", "problem_reward")),
          "How an image is made unreadable, and what naming the problem is worth. Then the open part: add a problem "
-         "of your own, `mirror` (the sign left to right), to SINGLES, `damage` and REPAIRS in data/mini.py and to "
+         "of your own, `mirror` (the sign left to right), to SINGLES, `damage` and REPAIRS in data/mini.py (raise VERSION there, or an old data/cache is used without it) and to "
          "PROBLEMS in data/mat.py; the tests look at every problem that they find there.", 40,
          "Draw ten mirrored signs and apply to each your repair, the first wording of every other, and none. How "
          "many grey levels (mean absolute difference to the clean sign) is each off? Which number says that this is "

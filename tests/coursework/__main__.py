@@ -160,11 +160,14 @@ def run_tests(scratch: Path, test: str, seconds: int) -> str:
     nothing = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
     process = subprocess.Popen(command, cwd=scratch, env=environment, start_new_session=True,
                                preexec_fn=lambda: limits(seconds), **nothing)
+    endless = f"ran longer than {seconds} s: an endless loop?"
     try:
         process.wait(seconds)
+        if process.returncode == -signal.SIGXCPU:       # whichever clock is first
+            return endless
         return "" if process.returncode >= 0 else f"stopped by the system ({signal.strsignal(-process.returncode)})"
     except subprocess.TimeoutExpired:
-        return f"ran longer than {seconds} s: an endless loop?"
+        return endless
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)      # children that it left behind, too

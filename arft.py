@@ -854,8 +854,8 @@ def continue_adapter(config: Config, policy: Policy) -> None:
                          "to go on with it, or merge it first (--save-merged DIR) and train DIR")
 
 
-def start(config: Config) -> int:
-    """One run, from options to summary."""
+def set_up(config: Config) -> None:
+    """Fills in what was left open, says what was chosen, and prepares the process."""
     for line in complete(config):
         print(line)
     check(config)       # what was chosen, too
@@ -870,6 +870,11 @@ def start(config: Config) -> int:
         transformers.utils.logging.disable_progress_bar()   # loading takes no time
     torch.set_flush_denormal(True)          # denormal numbers slow a long run on the CPU down twofold
     torch.manual_seed(config.seed)
+
+
+def start(config: Config) -> int:
+    """One run, from options to summary."""
+    set_up(config)
     held_out = mat.load(config.task, config.data, "test")
     held_out = held_out[:config.eval_samples or len(held_out)]
     training = [] if config.eval_only else training_samples(config)

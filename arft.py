@@ -115,7 +115,7 @@ class Config:
     eval_sampled: str = option("on", "evaluate at temperature 1, too; off: greedily alone, in half the time", ("on", "off"))
     eval_samples: int = option(0, "evaluate on the first N held-out samples; 0: on all")
     save_every: int | None = option(None, "steps between checkpoints; 0: as often as 5% of the time allow; default: 1 for "
-                                          "data/tiny, else 0 (one of a whole 3B model is about 20 GB)")
+                                          "data/tiny and with LoRA (0.4 GB), else 0 (3B: some 45 GB)")
     record_tokens: str = option("on", "write each step's first group token by token to tokens.jsonl; costs one forward pass "
                                       "of these episodes, without gradient, after the update", ("on", "off"))
     eval_batch: int | None = option(None, "samples evaluated side by side; default: 100 for data/tiny, else --rollout-batch")
@@ -202,8 +202,10 @@ DEFAULTS = {   # for the embedded checkpoint, for anything else
     "inner_epochs": (2, 1), "minibatches": (2, 1), "threads": (1, 0), "passages": (2, 4), "save_every": (1, 0),
     "checkpointing": ("off", "on"), "update": ("rows", "tree"), "micro_batch_tokens": (2048, 8192)}
 
+# Done instead of a run.
+INSTEAD = ("check_data", "plan", "save_merged", "score", "compare", "report", "show_episode")
 # What may be given beside --resume and differ: where things are (a fingerprint tells whether they are the same) and how
-# the machine is used. All else would make it another run.
+# the machine is used (another batch size may change the draws). All else would make it another run.
 MAY_DIFFER = {"resume", "model", "data", "system_prompt", "similarity", "device", "threads", "save_every", "eval_every",
               "eval_batch", "rollout_batch", "micro_batch_tokens", "checkpointing", "sandbox_workers", "sandbox"}
 
@@ -232,8 +234,8 @@ def parse_options(arguments: list[str]) -> Config:
 def resumed(given: dict) -> Config:
     """The options of the run that --resume names, with those of the command line that may differ. Raises RunError."""
     folder = Path(given["resume"])
-    if instead := given.keys() & {"check_data", "score", "compare"}:
-        raise UsageError(f"--resume and --{instead.pop().replace('_', '-')} cannot be had at once; choose one")
+    if instead := [name for name in INSTEAD if name in given]:
+        raise UsageError(f"--resume and --{instead[0].replace('_', '-')} cannot be had at once; choose one")
     try:
         kept = json.loads((folder / "config.json").read_text())
         config = Config(**{field.name: kept[field.name] for field in dataclasses.fields(Config) if field.name in kept})
@@ -288,8 +290,7 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be a positive number")
-    instead = [name for name in ("check_data", "plan", "save_merged", "score", "compare", "report", "show_episode")
-               if getattr(config, name)]
+    instead = [name for name in INSTEAD if getattr(config, name)]
     if len(instead) > 1:
         raise UsageError(f"--{instead[0].replace('_', '-')} and --{instead[1].replace('_', '-')} cannot be had at once; choose one")
     for name in ("crop_box", "code_errors", "step_side"):
@@ -341,7 +342,7 @@ def complete(config: Config) -> list[str]:
         config.model, why["model"] = str(tiny), "the embedded checkpoint; --model DIR or hub name for another"
     small = is_small(config.model)
     why["data"] = choose_data(config, small) or why["data"]
-    lr_is_open, adapter = config.lr is None, adapter_config(config.model)
+    lr_is_open, saving_is_open, adapter = config.lr is None, config.save_every is None, adapter_config(config.model)
     if config.lora_rank is None and adapter:
         config.lora_rank = adapter["r"]
     if config.lora_rank is None and config.vision == "trained":
@@ -351,6 +352,8 @@ def complete(config: Config) -> list[str]:
             setattr(config, name, for_small if small else for_others)
     if lr_is_open and config.lora_rank:
         config.lr *= 10         # B starts at zero and alpha / rank is near 1: LoRA learns at about ten times the rate
+    if saving_is_open and config.lora_rank:
+        config.save_every = 1   # adapters and their moments alone: no more than the step in progress is ever lost
     if config.rollout_batch is None:
         config.rollout_batch = 128 if small else plan.rollout_batch(config)
     if config.eval_batch is None:
@@ -470,7 +473,8 @@ def evaluate(policy: Policy, samples, tools, config: Config, temperature: float,
             episodes = attempt(policy, samples[start:min(start + config.eval_batch, own.stop)], config, limits=limits,
                                tools=tools, generator=generator, clock=clock)
             new = [row(start + i, episode) for i, episode in enumerate(episodes)] if many.size() == 1 else []
-            rows, elsewhere = rows + new, elsewhere + episodes * (many.size() > 1)
+            rows += new
+            elsewhere += episodes if many.size() > 1 else []
             if part:
                 resume.append_lines(part, new)
             bar.update(len(episodes))

@@ -221,7 +221,7 @@ class Run:
         self.inputs = {}        # image path of a sample: its copy in images/
         self.interrupted, self.group_size = False, config.group_size
         self.searches = None        # of a Replay: how many were in the record
-        self.logp_limit = LOGP_ERROR_FLOAT32 if config.device in (None, "cpu") else LOGP_ERROR_BFLOAT16
+        self.logp_limit = LOGP_ERROR_BFLOAT16 if config.dtype == "bfloat16" else LOGP_ERROR_FLOAT32
         self.saved, self.saved_at, self.saving = state["step"] if state else 0, time.perf_counter(), 0.0
         self.watched_at, self.watching = time.perf_counter(), 0.0      # when report.html was made, and how long it took
         self.torn = False       # whether the weights in memory are of no step: an update was cut
@@ -283,11 +283,11 @@ class Run:
 
     def append_row(self, name: str, row: dict) -> None:
         """One line of a CSV file; its first line, the names of the columns, is that of the first row ever written."""
-        path = self.folder / name
-        columns = next(csv.reader([path.read_text().split("\n", 1)[0]])) if path.exists() else list(row)
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-            if file.tell() == 0:
+        with open(self.folder / name, "a+", newline="") as file:
+            file.seek(0)
+            columns = next(csv.reader([file.readline()]), None)
+            writer = csv.DictWriter(file, columns or list(row), restval="", extrasaction="ignore", lineterminator="\n")
+            if not columns:
                 writer.writeheader()
             writer.writerow(row)
 

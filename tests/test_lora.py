@@ -189,6 +189,7 @@ def test_what_is_chosen_when_lora_is_left_open(tmp_path):
     full = Config(model="Qwen/Qwen2.5-VL-3B-Instruct", device="cpu", data=".", lora_rank=0)
     arft.complete(full)
     assert full.lr == 1e-6
+    assert (tiny.save_every, large.save_every, full.save_every) == (1, 1, 0), "adapters are small enough for every step"
     vision = Config(model="Qwen/Qwen2.5-VL-3B-Instruct", device="cpu", data=".", vision="trained")
     arft.complete(vision)
     assert vision.lora_rank == 0

@@ -1,12 +1,13 @@
 """The prose: docstring examples run, the README's examples run, and what it names exists."""
 
+import dataclasses
 import doctest
 import importlib
 import re
 
 import pytest
 
-from arft import parse_options
+from arft import Config, parse_options
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -45,6 +46,14 @@ def test_every_function_that_the_readme_names_exists():
 def test_every_file_that_the_readme_names_exists():
     for file in re.findall(r"`((?:data/|tests/)?\w+\.py)`", README):
         assert (ROOT / file).exists(), file
+
+
+def test_every_flag_that_the_readme_names_exists():
+    ours = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+    scripts = "".join(file.read_text() for folder in ("tests", "data") for file in (ROOT / folder).rglob("*.py"))
+    others = {"--repo-type", "--local-dir", "--nproc-per-node"}         # hf, torchrun
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - ours - others:
+        assert f'"{flag}"' in scripts, flag
 
 
 def test_every_command_line_of_the_readme_parses():

@@ -395,3 +395,9 @@ def test_a_run_leaves_no_process_file_or_directory_behind(tmp_path, monkeypatch)
     assert len(set(counts[1:])) == 1, f"files, processes, scratch directories by step: {counts}"
     assert children() == family and not list(scratch.iterdir())
     assert not {name for name in open_files() - before if str(tmp_path) in name}
+
+
+def test_resume_is_not_mixed_with_what_is_done_instead_of_a_run(capsys):
+    for instead in (["--report", "x"], ["--plan"], ["--save-merged", "x"], ["--show-episode", "1", "x"]):
+        assert main(["--resume", "x", *instead]) == 2
+        assert f"--resume and {instead[0]} cannot be had at once" in capsys.readouterr().err

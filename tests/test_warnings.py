@@ -43,8 +43,8 @@ def test_warnings_by_hand(steps, wanted):
 def test_log_probs_in_bfloat16_may_differ_by_more(tmp_path):
     assert names({"logp_error": 0.2}, logp_limit=record.LOGP_ERROR_BFLOAT16) == []
     assert names({"logp_error": 0.6}, logp_limit=record.LOGP_ERROR_BFLOAT16) == ["logp"]
-    assert record.Run(Config(out=str(tmp_path / "a"), device="cuda")).logp_limit == record.LOGP_ERROR_BFLOAT16
-    assert record.Run(Config(out=str(tmp_path / "b"), device="cpu")).logp_limit == record.LOGP_ERROR_FLOAT32
+    assert record.Run(Config(out=str(tmp_path / "a"), device="cpu", dtype="bfloat16")).logp_limit == record.LOGP_ERROR_BFLOAT16
+    assert record.Run(Config(out=str(tmp_path / "b"), device="cuda", dtype="float32")).logp_limit == record.LOGP_ERROR_FLOAT32
 
 
 def test_every_warning_names_an_option_that_there_is():

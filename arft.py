@@ -43,17 +43,17 @@ import transformers
 from tqdm import tqdm
 
 import grpo
-import many
-import paper
-import plan
-import report
-import resume
+from extras import many
+from extras import paper
+from extras import plan
+from extras import report
+from extras import resume
 from data import mat, mini, mini_search
-from plan import DEVICES
+from extras.plan import DEVICES
 from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
-from record import Run, token_record, zero_loss_note
-from report import HEADER, ReportError, score_row, show_episode, table
-from resume import RunError
+from extras.record import Run, token_record, zero_loss_note
+from extras.report import HEADER, ReportError, score_row, show_episode, table
+from extras.resume import RunError
 from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
                      score_predictions, step_reward, summarize)
 from rollout import Clock, Episode, Limits, rollout

@@ -35,8 +35,8 @@ from collections import defaultdict
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import many
-from pack import Batch, groups_of, micro_batches, pack
+from extras import many
+from extras.tree import Batch, groups_of, micro_batches, pack
 from policy import Policy
 from rollout import Episode
 

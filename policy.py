@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import many
+from extras import many
 
 PATCHES_AT_ONCE = 2 ** 14           # of the vision tower: six images of 720 x 720, 0.7 GB at work; more is no faster
 SYSTEM_PROMPT_FILE = "system_prompt.txt"     # the words a checkpoint was trained with travel with it

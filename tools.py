@@ -62,7 +62,7 @@ import requests
 from PIL import Image
 from tqdm import tqdm
 
-import jail
+from extras import jail
 
 OUTPUT_CHARACTERS = 2000        # of what a program printed, its beginning and its end
 ERROR_CHARACTERS = 500

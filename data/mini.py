@@ -11,7 +11,7 @@ The files have MAT's own names and fields (PAPER: Visual-ARFT, arXiv 2505.14246,
 section 3 and the published laolao77/MAT), so that data/mat.py reads both.
 Held-out samples use texts that no training sample has.
 
-Read next: data/mat.py (the loader), data/make_tiny.py (the model that plays).
+Read next: data/mat.py (the loader), extras/cold_start.py (the model that plays).
 Left out: everything that makes real photographs hard; the search half of MAT.
 
     python -m data.mini FOLDER        # writes it by hand; arft.py does so by itself
@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-VERSION = 2                 # in the folder's name: a change of the drawing must not meet an old cache
+# in the folder's name: a change of the drawing must not meet an old cache
+VERSION = 2
 SIDE = 112                  # pixels of one sign; the small model sees it at 56 x 56
 SINGLES = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "none")
 DOUBLES = tuple((turn, other) for turn in ("rotation90", "rotation180")
@@ -67,7 +68,8 @@ def draw_sign(text: str, rng: np.random.Generator) -> Image.Image:
     font = ImageFont.load_default(66)
     for i, character in enumerate(text):
         x = SIDE * (2 * i + 1) / (2 * len(text)) + rng.integers(-4, 5)
-        pen.text((x, SIDE * 0.43 + rng.integers(-4, 5)), character, fill=ink, font=font, anchor="mm")
+        pen.text((x, SIDE * 0.43 + rng.integers(-4, 5)), character, fill=ink, font=font,
+                 anchor="mm")
     y = SIDE - 16 + int(rng.integers(-2, 3))
     pen.rectangle((12, y, SIDE - 12, y + 8), fill=tuple(bar))
     return image
@@ -82,7 +84,8 @@ def draw_board(signs: list[Image.Image]) -> Image.Image:
 
 
 def noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Turns each pixel white (all three channels, 255) with chance 0.8; the others stay. RGB -> a new RGB image.
+    """Turns each pixel white (all three channels, 255) with chance 0.8; the others stay. RGB -> a
+    new RGB image.
 
     One `rng.random` of [height, width] decides, so that the same generator gives the same picture.
     """
@@ -112,12 +115,14 @@ def damage(image: Image.Image, problem: str, rng: np.random.Generator) -> Image.
         return noise(image, rng)
     if problem == "none":
         return image
-    raise ValueError(f"unknown problem {problem!r}; one of {', '.join(SINGLES)} (crop is a board, not a damage)")
+    raise ValueError(
+        f"unknown problem {problem!r}; one of {', '.join(SINGLES)} (crop is a board, not a damage)")
 
 
-# --- the programs that repair ----------------------------------------------------------------------
+# --- the programs that repair ---------------------------------------------------------------------
 
-# One line a variant. Every variant restores what its problem hid; data/tiny/README.md has the measured table.
+# One line a variant. Every variant restores what its problem hid; data/tiny/README.md has the
+# measured table.
 REPAIRS = {
     "rotation90": ("image = image.rotate(-90)",
                    "image = image.transpose(Image.Transpose.ROTATE_270)"),
@@ -151,16 +156,18 @@ def program(problems: tuple[str, ...], box: tuple[int, ...] | None, rng: np.rand
         if problem == "crop":
             x1, y1, x2, y2 = box or BOXES[rng.integers(4)]
             lines += ["w, h = image.size",
-                      f"image = image.crop(({x1} * w // 1000, {y1} * h // 1000, {x2} * w // 1000, {y2} * h // 1000))"]
+                      f"image = image.crop(({x1} * w // 1000, {y1} * h // 1000, {x2} * w // 1000, "
+                      f"{y2} * h // 1000))"]
         elif problem != "none":
             lines.append(str(rng.choice(repairs[problem])))
-    helpers = [name for name in ("ImageEnhance", "ImageFilter", "ImageOps") if name + "." in "".join(lines)]
+    helpers = [name for name in ("ImageEnhance", "ImageFilter", "ImageOps") if name
+               + "." in "".join(lines)]
     return "\n".join(["from PIL import " + ", ".join(["Image"] + helpers),
                       "image = Image.open('path_to_input_image.jpg')", *lines,
                       "image.save('path_to_output_image.jpg')"])
 
 
-# --- samples and files -----------------------------------------------------------------------------
+# --- samples and files ----------------------------------------------------------------------------
 
 
 def make_sample(problems: tuple[str, ...], text_pool: list[str], rng: np.random.Generator) -> dict:
@@ -179,16 +186,20 @@ def make_sample(problems: tuple[str, ...], text_pool: list[str], rng: np.random.
         shown, question = sign, str(rng.choice(QUESTIONS))
         for problem in problems:
             shown = damage(shown, problem, rng)
-    return {"question": question, "answer": text, "problems": problems, "box": box, "shown": shown, "clean": sign}
+    return {"question": question, "answer": text, "problems": problems, "box": box, "shown": shown,
+            "clean": sign}
 
 
 def _plan(split: str, scale: int) -> list[tuple[str, ...]]:
     """The problems of a split in MAT's order and, nearly, MAT's proportions."""
-    if split == "test":     # MAT: 7 x 10 simple, 8 x 5 doubles, 90 crops; here fewer crops, more doubles
+    # MAT: 7 x 10 simple, 8 x 5 doubles, 90 crops; here fewer crops, more doubles
+    if split == "test":
         counts = [(p,) for p in SINGLES for _ in range(14 * scale)]
         return counts + [d for d in DOUBLES for _ in range(9 * scale)] + [("crop",)] * (30 * scale)
-    return ([(p,) for p in SINGLES + ("crop",) for _ in range(50 * scale)]     # MAT: 100 of each single
-            + [d for d in DOUBLES for _ in range(25 * scale)])                 # and 50 of each double
+    # MAT: 100 of each single
+    return ([(p,) for p in SINGLES + ("crop",) for _ in range(50 * scale)]
+            # and 50 of each double
+            + [d for d in DOUBLES for _ in range(25 * scale)])
 
 
 def _benchmark_row(i: int, name: str, sample: dict) -> dict:
@@ -204,12 +215,15 @@ def _training_rows(name: str, sample: dict, rng: np.random.Generator) -> list[di
     steps = [("pre_problem", f"<problem> {labels} </problem>", "The image shows a sign.")]
     if sample["problems"] != ("none",):
         code = program(sample["problems"], sample["box"], rng)
-        steps.append(("pre_code", f"<code>\n```python\n{code}\n```\n</code>", "The image needs a repair."))
-    steps.append(("pre_answer", f"<answer> {sample['answer']} </answer>", "The number can be read."))
+        steps.append(("pre_code", f"<code>\n```python\n{code}\n```\n</code>",
+                      "The image needs a repair."))
+    steps.append(("pre_answer", f"<answer> {sample['answer']} </answer>",
+                  "The number can be read."))
     shown_is = "_ori.png" if sample["problems"] == ("crop",) else "_proc.png"
     rows, context = [], []
     for kind, solution, thought in steps:
-        row = {"type": kind, "image_path": name + ("_ori.png" if kind == "pre_answer" else shown_is),
+        row = {"type": kind, "image_path": name
+               + ("_ori.png" if kind == "pre_answer" else shown_is),
                "problem": f"<query> {sample['question']} </query>", "solution": solution,
                "gt": f"<think> {thought} </think>\n{solution}"}
         rows.append(row | ({"context": "\n".join(context)} if context else {}))
@@ -231,7 +245,8 @@ def whole(folder: Path):
 
 
 def write(folder: Path, seed: int = 0, scale: int = 1) -> Path:
-    """Writes MAT-mini (600 training and 200 test samples at scale 1) in MAT's layout, all or nothing.
+    """Writes MAT-mini (600 training and 200 test samples at scale 1) in MAT's layout, all or
+    nothing.
 
     Training and test images come from different random streams and different texts.
     """
@@ -239,10 +254,12 @@ def write(folder: Path, seed: int = 0, scale: int = 1) -> Path:
     with whole(folder) as root:
         for split, home, json_name, images in (
                 ("test", "MAT-Benchmark", "MAT-Coding.json", "MAT-Coding-image"),
-                ("train", "MAT-Training", "rft_agent_code_1_2k.json", "rft_agent_code_1_2k_images")):
+                ("train", "MAT-Training", "rft_agent_code_1_2k.json",
+                 "rft_agent_code_1_2k_images")):
             (root / home / images).mkdir(parents=True)
             rows, count, pool = [], {}, texts(split)
-            for i, problems in enumerate(tqdm(_plan(split, scale), desc=f"drawing MAT-mini ({split})", leave=False)):
+            for i, problems in enumerate(tqdm(_plan(split, scale),
+                                              desc=f"drawing MAT-mini ({split})", leave=False)):
                 rng = np.random.default_rng([seed, split == "train", i])
                 sample = make_sample(problems, pool, rng)
                 kind = "+".join(problems)
@@ -261,7 +278,8 @@ def write(folder: Path, seed: int = 0, scale: int = 1) -> Path:
 def ensure(home: Path) -> Path:
     """The folder of MAT-mini below `home`; drawn there when it is missing (some seconds)."""
     folder = Path(home) / f"mat-mini-{VERSION}"
-    return folder if (folder / "MAT-Training" / "rft_agent_code_1_2k.json").exists() else write(folder)
+    return folder if (folder / "MAT-Training" / "rft_agent_code_1_2k.json").exists() else write(
+        folder)
 
 
 if __name__ == "__main__":

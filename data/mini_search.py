@@ -1,14 +1,16 @@
 """MAT-mini's search half: questions about ships that only a search can answer, drawn by a program.
 
-What it teaches: what a search benchmark needs so that the search is necessary. A picture shows the number of a ship
-and nothing else. Where the ship sails, and who its captain is, stands in one passage of a small corpus (simple); who
-the mayor of that town is, or where that captain was born, stands in a second passage that only names the town or the
-captain (hard: two searches, the second of which nobody can write before the first was answered).
+What it teaches: what a search benchmark needs so that the search is necessary. A picture shows the
+number of a ship and nothing else. Where the ship sails, and who its captain is, stands in one
+passage of a small corpus (simple); who the mayor of that town is, or where that captain was born,
+stands in a second passage that only names the town or the captain (hard: two searches, the second
+of which nobody can write before the first was answered).
 
-The files have MAT-Search's names and fields (Visual-ARFT, arXiv 2505.14246; the published laolao77/MAT), with the corpus
-beside them. Held-out ships, towns and people occur in no training question; their passages are in the same corpus.
+The files have MAT-Search's names and fields (Visual-ARFT, arXiv 2505.14246; the published
+laolao77/MAT), with the corpus beside them. Held-out ships, towns and people occur in no training
+question; their passages are in the same corpus.
 
-Read next: tools.py, which searches the corpus; data/make_tiny_search.py, the model that asks.
+Read next: tools.py, which searches the corpus; extras/cold_start_search.py, the model that asks.
 Left out: everything that makes a real web search hard: ambiguity, contradiction, long pages.
 
     python -m data.mini_search FOLDER       # writes it by hand; arft.py does so by itself
@@ -25,11 +27,15 @@ from data import mini
 
 VERSION = 1                 # in the folder's name: a change of the world must not meet an old cache
 CORPUS = "corpus.jsonl"
-TOWNS = ("Oslo Lima Rome Bonn Kobe Riga Bern Cork Lyon Pisa Nice Bari Baku Doha Kyiv Graz Lodz Gent Tula Brno Faro Vigo "
-         "Kiel Hull Bath York Leith Delft Turku Malmo Tampa Quito Sucre Accra Lagos Dakar Tunis Sofia Minsk Vaduz Linz "
+TOWNS = ("Oslo Lima Rome Bonn Kobe Riga Bern Cork Lyon Pisa Nice Bari Baku Doha Kyiv Graz Lodz "
+         "Gent Tula Brno Faro Vigo "
+         "Kiel Hull Bath York Leith Delft Turku Malmo Tampa Quito Sucre Accra Lagos Dakar Tunis "
+         "Sofia Minsk Vaduz Linz "
          "Metz Brest Izmir Basra Busan Davao Perth").split()
-PEOPLE = ("Ada Bruno Clara Dario Elsa Felix Greta Hugo Irma Jonas Karla Leon Mina Nora Otto Paula Quin Rosa Sven Tilda "
-          "Ugo Vera Wanda Xenia Yusuf Zelda Amir Bella Cyril Dora Emil Fiona Gustav Helga Igor Judith Kemal Lotte Milan "
+PEOPLE = ("Ada Bruno Clara Dario Elsa Felix Greta Hugo Irma Jonas Karla Leon Mina Nora Otto Paula "
+          "Quin Rosa Sven Tilda "
+          "Ugo Vera Wanda Xenia Yusuf Zelda Amir Bella Cyril Dora Emil Fiona Gustav Helga Igor "
+          "Judith Kemal Lotte Milan "
           "Nadia Oskar Petra Ramon Silke Timo Ursula Viktor Willem").split()
 
 
@@ -44,7 +50,8 @@ class Question:
 
 QUESTIONS = (Question("Where does this ship sail?", 1, "town"),
              Question("Who is the captain of this ship?", 1, "captain"),
-             Question("Who is the mayor of the town where this ship sails?", 2, "town", "mayor of {}"),
+             Question("Who is the mayor of the town where this ship sails?", 2, "town",
+                      "mayor of {}"),
              Question("Where was the captain of this ship born?", 2, "captain", "birth of {}"))
 
 
@@ -57,13 +64,15 @@ class World:
 
     def ship_passage(self, number: str) -> dict:
         ship = self.ships[number]
-        return {"title": f"Ship {number}", "text": f"It sails to {ship['town']} under captain {ship['captain']}."}
+        return {"title": f"Ship {number}",
+                "text": f"It sails to {ship['town']} under captain {ship['captain']}."}
 
     def second_passage(self, name: str) -> dict:
         """Of a town or a captain."""
         if name in self.mayors:
             return {"title": f"Town {name}", "text": f"The mayor of {name} is {self.mayors[name]}."}
-        return {"title": f"Captain {name}", "text": f"The birth of {name} was in {self.births[name]}."}
+        return {"title": f"Captain {name}",
+                "text": f"The birth of {name} was in {self.births[name]}."}
 
     def second_answer(self, name: str) -> str:
         """The mayor of a town, or the town where a captain was born."""
@@ -75,7 +84,8 @@ class World:
 
     def queries(self, question: Question, number: str) -> list[str]:
         """The gold queries, in order."""
-        second = [question.query.format(self.ships[number][question.first])] if question.hops == 2 else []
+        second = [question.query.format(
+            self.ships[number][question.first])] if question.hops == 2 else []
         return [f"ship {number}", *second]
 
 
@@ -92,15 +102,19 @@ def pool(names: list[str], split: str) -> list[str]:
 def make_world(numbers: list[str], towns: list[str], captains: list[str], mayors: list[str],
                rng: np.random.Generator) -> World:
     """Random facts about these ships, towns and people."""
-    return World({number: {"town": str(rng.choice(towns)), "captain": str(rng.choice(captains))} for number in numbers},
-                 {town: str(rng.choice(mayors)) for town in towns}, {name: str(rng.choice(towns)) for name in captains})
+    return World({number: {"town": str(rng.choice(towns)), "captain": str(rng.choice(captains))}
+                  for number in numbers},
+                 {town: str(rng.choice(mayors)) for town in towns},
+                 {name: str(rng.choice(towns)) for name in captains})
 
 
 def worlds(seed: int = 0) -> dict[str, World]:
-    """The training and the held-out half of MAT-mini's world; they share no ship, town or person. Nobody is both captain
-    and mayor."""
-    return {split: make_world(mini.texts(split), pool(TOWNS, split), pool(PEOPLE, split)[::2], pool(PEOPLE, split)[1::2],
-                              np.random.default_rng([seed, 77, split == "train"])) for split in ("train", "test")}
+    """The training and the held-out half of MAT-mini's world; they share no ship, town or person.
+    Nobody is both captain and mayor."""
+    return {split: make_world(mini.texts(split), pool(TOWNS, split), pool(PEOPLE, split)[::2],
+                              pool(PEOPLE, split)[1::2],
+                              np.random.default_rng([seed, 77, split == "train"]))
+            for split in ("train", "test")}
 
 
 def passages(world: World) -> list[dict]:
@@ -108,12 +122,13 @@ def passages(world: World) -> list[dict]:
         world.second_passage(name) for name in (*world.mayors, *world.births)]
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _benchmark_rows(world: World, images: Path, rng: np.random.Generator) -> list[dict]:
     """Every question about every held-out ship, in two pictures each, the simple ones first."""
-    asked = [(question, number) for hops in (1, 2) for question in QUESTIONS if question.hops == hops
+    asked = [(question, number) for hops in (1, 2) for question in QUESTIONS if question.hops
+             == hops
              for number in world.ships for _ in range(2)]
     rows = []
     for i, (question, number) in enumerate(asked, start=1):
@@ -124,7 +139,8 @@ def _benchmark_rows(world: World, images: Path, rng: np.random.Generator) -> lis
 
 
 def _training_rows(world: World, images: Path, rng: np.random.Generator) -> list[dict]:
-    """Every question about every training ship as single steps, the searches so far behind the question."""
+    """Every question about every training ship as single steps, the searches
+    so far behind the question."""
     rows = []
     for number in world.ships:
         for k, question in enumerate(QUESTIONS):
@@ -132,8 +148,10 @@ def _training_rows(world: World, images: Path, rng: np.random.Generator) -> list
             mini.draw_sign(number, rng).save(images / image, compress_level=1)
             told = f"<query> {question.text} </query>"
             steps = [("search", query) for query in world.queries(question, number)]
-            found = [world.ship_passage(number), world.second_passage(world.ships[number][question.first])]
-            for (kind, text), passage in zip([*steps, ("answer", world.answer(question, number))], [*found, None]):
+            found = [world.ship_passage(number),
+                     world.second_passage(world.ships[number][question.first])]
+            for (kind, text), passage in zip([*steps, ("answer", world.answer(question, number))],
+                                             [*found, None]):
                 solution = f"<{kind}> {text} </{kind}>"
                 rows.append({"image_path": image, "problem": told, "solution": solution})
                 told += f"\n{solution}\n<information> 1. Content:{passage['title']}. {passage['text']} </information>"\
@@ -142,19 +160,23 @@ def _training_rows(world: World, images: Path, rng: np.random.Generator) -> list
 
 
 def write(folder: Path, seed: int = 0) -> Path:
-    """Writes the search half (300 training and 160 test samples) in MAT's layout and the corpus, all or nothing."""
+    """Writes the search half (300 training and 160 test samples) in MAT's
+    layout and the corpus, all or nothing."""
     folder = Path(folder)
     with mini.whole(folder) as root:
         halves = worlds(seed)
         for split, home, json_name, images, rows_of in (
                 ("test", "MAT-Benchmark", "MAT-Search.json", "MAT-Search-image", _benchmark_rows),
-                ("train", "MAT-Training", "rft_agent_search_20.json", "rft_agent_search_20_images", _training_rows)):
+                ("train", "MAT-Training", "rft_agent_search_20.json", "rft_agent_search_20_images",
+                 _training_rows)):
             (root / home / images).mkdir(parents=True)
-            rows = rows_of(halves[split], root / home / images, np.random.default_rng([seed, 78, split == "train"]))
+            rows = rows_of(halves[split], root / home / images,
+                           np.random.default_rng([seed, 78, split == "train"]))
             (root / home / json_name).write_text(json.dumps(rows, indent=1))
         told = [passage for half in halves.values() for passage in passages(half)]
         with open(root / CORPUS, "w") as file:
-            file.writelines(json.dumps({"id": str(i)} | passage) + "\n" for i, passage in enumerate(told))
+            file.writelines(json.dumps({"id": str(i)} | passage) + "\n" for i,
+                            passage in enumerate(told))
     return folder
 
 

@@ -1,4 +1,5 @@
-"""What the tests share: the modules on the path, the embedded checkpoint, one sandbox, MAT-mini in memory."""
+"""What the tests share: the modules on the path, the embedded
+checkpoint, one sandbox, MAT-mini in memory."""
 
 import os
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test goes to the network, wherever there is one
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure")]
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def samples(tmp_path):
             drawn = mini.make_sample(problems, mini.texts("test"), rng)
             path = tmp_path / f"{i}.png"
             drawn["shown"].save(path)
-            made.append(Sample(str(i), drawn["question"], (drawn["answer"],), path, problems, split="simple"))
+            made.append(Sample(str(i), drawn["question"], (drawn["answer"],), path, problems,
+                               split="simple"))
         return made
 
     return make

@@ -4,15 +4,18 @@
     python tests/mutants.py --only clip --jobs 2      those with "clip" in their name, two at a time
     python tests/mutants.py --curves FOLDER --steps 25    trains six of them and draws their curves without names
 
-What it teaches: a test is worth what it notices. Bugs of this kind are easily made, and most of them raise nothing: the
-run goes on, the curves look plausible, the model learns less or something else. Each is applied to a copy of the
-repository, where the tests named beside it run; one of them must fail. The copy as it is comes first: there they must
-all pass, or "a test failed" would mean nothing.
+What it teaches: a test is worth what it notices. Bugs of this kind are easily made, and most of
+them raise nothing: the run goes on, the curves look plausible, the model learns less or something
+else. Each is applied to a copy of the repository, where the tests named beside it run; one of them
+must fail. The copy as it is comes first: there they must all pass, or "a test failed" would mean
+nothing.
 
-A text that is not found exactly once is an error that names its mutant, so that this list cannot drift away from the
-code (tests/test_mutants.py checks that in every run of the tests, and mutates nothing).
+A text that is not found exactly once is an error that names its mutant, so that this list cannot
+drift away from the code (tests/test_mutants.py checks that in every run of the tests, and mutates
+nothing).
 
-Read next: mutants.md, which makes an assignment of it. Left out: mutants made by a program (flipped signs everywhere).
+Read next: mutants.md, which makes an assignment of it. Left out: mutants made by a program (flipped
+signs everywhere).
 """
 
 import argparse
@@ -50,44 +53,53 @@ class MutantError(ValueError):
     """A mutant that cannot be made; the message names it."""
 
 
-# --- the list, in the order of the lesson ---------------------------------------------------------------------------
+# --- the list, in the order of the lesson ---------------------------------------------------------
 
 MUTANTS = [
     # the parser
-    Mutant("words_around_the_tags_are_strict", "the format reward is judged on the tags, not on the whole turn",
-           "tools.py", 'frame = think_start == len("<think>") and end + len(f"</{kind}>") == len(turn)', "frame = True",
+    Mutant("words_around_the_tags_are_strict",
+           "the format reward is judged on the tags, not on the whole turn",
+           "tools.py",
+           'frame = think_start == len("<think>") and end + len(f"</{kind}>") == len(turn)',
+           "frame = True",
            ("test_tools.py::test_text_around_the_tags_is_run_but_earns_no_format_reward",)),
     Mutant("strict_without_a_thought", "the format reward is paid without <think>", "tools.py",
-           'if "think" not in spans:\n        return False', 'if "think" not in spans:\n        return True',
+           'if "think" not in spans:\n        return False',
+           'if "think" not in spans:\n        return True',
            ("test_tools.py::test_text_around_the_tags_is_run_but_earns_no_format_reward",)),
-    Mutant("two_actions_in_one_turn", "a turn may hold two actions; the first one is carried out", "tools.py",
+    Mutant("two_actions_in_one_turn", "a turn may hold two actions; the first one is carried out",
+           "tools.py",
            'if name != "think" and any(other != "think" for other in spans):', "if False:",
            ("test_tools.py::test_a_malformed_turn_says_why",)),
     Mutant("fence_left_in_the_program", "the ``` around the program is run with it", "tools.py",
            "        body = body[fence.end():end if end >= 0 else None]\n", "        pass\n",
            ("test_tools.py::test_programs_with_and_without_a_fence",)),
     # the sandbox
-    Mutant("no_time_limit", "a program may run for ever", "jail.py",
-           "        elif left <= 0:\n", "        elif False:\n", ("test_tools.py::test_time_is_limited",)),
-    Mutant("no_memory_limit", "a program may take all memory", "jail.py",
+    Mutant("no_time_limit", "a program may run for ever", "extras/jail.py",
+           "        elif left <= 0:\n", "        elif False:\n",
+           ("test_tools.py::test_time_is_limited",)),
+    Mutant("no_memory_limit", "a program may take all memory", "extras/jail.py",
            '"AS": used + (jail.memory_mb << 20)}', '"AS": resource.RLIM_INFINITY}',
            ("test_tools.py::test_the_second_lines_of_defence_are_up",)),
-    Mutant("environment_passed_on", "programs see the trainer's environment variables, keys included", "tools.py",
+    Mutant("environment_passed_on",
+           "programs see the trainer's environment variables, keys included", "tools.py",
            "env=environment, pass_fds", "env=os.environ | environment, pass_fds",
            ("test_tools.py::test_nothing_of_the_trainer_is_inherited",)),
-    Mutant("link_followed", "a link to any file is read as the program's picture", "jail.py",
+    Mutant("link_followed", "a link to any file is read as the program's picture", "extras/jail.py",
            "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK",
            ("test_tools.py::test_the_output_must_be_an_ordinary_file",)),
-    Mutant("decoded_by_the_trainer", "the picture is decoded where the model is, not in the jail", "tools.py",
+    Mutant("decoded_by_the_trainer", "the picture is decoded where the model is, not in the jail",
+           "tools.py",
            "            if file.read(len(start)) == start:\n",
            "            with suppress(Exception):\n"
            '                return Image.open(io.BytesIO(file.read())).convert("RGB"), None\n'
            "            if file.read(len(start)) == start:\n",
            ("test_tools.py::test_a_program_that_says_itself_that_it_is_done_has_ended_itself",)),
-    Mutant("any_size_is_decoded", "a picture of any size is decoded", "jail.py",
+    Mutant("any_size_is_decoded", "a picture of any size is decoded", "extras/jail.py",
            "if image.width * image.height > PIXELS or max(image.size) > SIDE:", "if False:",
            ("test_tools.py::test_a_hostile_image_is_an_error",)),
-    Mutant("equal_programs_lose_their_place", "equal programs run once, and the results lose their order", "tools.py",
+    Mutant("equal_programs_lose_their_place",
+           "equal programs run once, and the results lose their order", "tools.py",
            "return [done[job] for job in work]", "return [done[job] for job in unique]",
            ("test_tools.py::test_map_keeps_the_order_and_runs_equal_jobs_once",)),
     # search
@@ -103,18 +115,24 @@ MUTANTS = [
            'return shuffled[20:] if split == "train" else shuffled[:20]',
            'return shuffled if split == "train" else shuffled[:20]',
            ("test_mini.py::test_held_out_texts_are_never_trained_on",)),
-    Mutant("rotation90_the_other_way", "rotation90 is drawn clockwise, unlike MAT's", "data/mini.py",
-           "return image.transpose(Image.Transpose.ROTATE_90)", "return image.transpose(Image.Transpose.ROTATE_270)",
+    Mutant("rotation90_the_other_way", "rotation90 is drawn clockwise, unlike MAT's",
+           "data/mini.py",
+           "return image.transpose(Image.Transpose.ROTATE_90)",
+           "return image.transpose(Image.Transpose.ROTATE_270)",
            ("test_mini.py::test_rotation90_is_undone_clockwise",)),
-    Mutant("crop_question_shows_the_crop", "a crop question is shown the region, not the picture", "data/mat.py",
-           'image = field(row, "ori_image_path" if problems[0] == "crop" else "processed_image_path", (str,), where)',
-           'image = field(row, "processed_image_path", (str,), where)',
+    Mutant("crop_question_shows_the_crop", "a crop question is shown the region, not the picture",
+           "data/mat.py",
+           '"ori_image_path" if problems[0] == "crop" else "processed_image_path"',
+           '"processed_image_path"',
            ("test_mat.py::test_a_crop_question_shows_the_whole_picture",)),
-    Mutant("questions_of_one_image_mixed", "two questions about one image are joined to one", "data/mat.py",
-           '''Path(step.image).stem), " ".join(step.question.split())''', '''Path(step.image).stem), ""''',
+    Mutant("questions_of_one_image_mixed", "two questions about one image are joined to one",
+           "data/mat.py",
+           '''Path(step.image).stem), " ".join(step.question.split())''',
+           '''Path(step.image).stem), ""''',
            ("test_mat.py::test_steps_may_come_in_any_order_and_two_questions_may_share_an_image",)),
     # rewards
-    Mutant("official_f1_counts_repeats", "the paper's F1 shares sets of words; here repeated words count", "rewards.py",
+    Mutant("official_f1_counts_repeats",
+           "the paper's F1 shares sets of words; here repeated words count", "rewards.py",
            "return harmonic(len(set(p) & set(g)), len(p), len(g))",
            "return harmonic((Counter(p) & Counter(g)).total(), len(p), len(g))",
            ("test_rewards.py::test_the_published_f1_counts_distinct_tokens_over_full_lengths",)),
@@ -125,92 +143,119 @@ MUTANTS = [
             "test_rewards.py::test_scores_stay_in_their_range_and_an_exact_match_is_worth_most")),
     Mutant("em_without_normalising", "exact match compares the texts as they stand", "rewards.py",
            "return float(normalize(prediction, chinese) == normalize(gold, chinese))",
-           "return float(prediction == gold)", ("test_rewards.py::test_official_scores_equal_the_slow_version",)),
+           "return float(prediction == gold)",
+           ("test_rewards.py::test_official_scores_equal_the_slow_version",)),
     Mutant("only_the_first_gold", "only the first of several right answers counts", "rewards.py",
            "golds = [golds] if isinstance(golds, str) else golds",
            "golds = [golds] if isinstance(golds, str) else golds[:1]",
            ("test_rewards.py::test_the_best_gold_counts_and_no_answer_is_zero",)),
     Mutant("any_answer_is_paid", "an answer is paid whether it is right or not", "rewards.py",
-           'accuracy = em if answer_metric == "em" else best_f1', "accuracy = float(episode.answer is not None)",
+           'accuracy = em if answer_metric == "em" else best_f1',
+           "accuracy = float(episode.answer is not None)",
            ("test_rewards.py::test_the_parts_by_hand",)),
-    Mutant("format_of_the_last_turn", "the format reward looks at the last turn alone", "rewards.py",
+    Mutant("format_of_the_last_turn", "the format reward looks at the last turn alone",
+           "rewards.py",
            "strict = sum(turn.action.strict for turn in turns) / max(1, len(episode.turns))",
-           "strict = float(bool(turns) and turns[-1].action.strict)", ("test_rewards.py::test_the_parts_by_hand",)),
-    Mutant("guessing_on_is_paid", "any of the diagnoses may be right, not only the first", "rewards.py",
-           'stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), None)',
+           "strict = float(bool(turns) and turns[-1].action.strict)",
+           ("test_rewards.py::test_the_parts_by_hand",)),
+    Mutant("guessing_on_is_paid", "any of the diagnoses may be right, not only the first",
+           "rewards.py",
+           'stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), '
+           'None)',
            'stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"\n'
            '                   and set(turn.action.value) == set(episode.sample.problems)), None)',
            ("test_rewards.py::test_only_the_first_diagnosis_counts_so_guessing_on_earns_nothing",)),
     Mutant("labels_in_order", "the problem labels must come in the gold's order", "rewards.py",
            "if set(stated) == set(gold):", "if tuple(stated) == tuple(gold):",
            ("test_rewards.py::test_a_perfect_episode_earns_one_for_each_part",)),
-    Mutant("no_similarity_threshold", "a query that has little to do with the gold one is paid, too", "rewards.py",
+    Mutant("no_similarity_threshold",
+           "a query that has little to do with the gold one is paid, too", "rewards.py",
            "sum(value for value in values if value >= SIMILARITY_THRESHOLD)", "sum(values)",
            ("test_search.py::test_the_worth_of_queries",)),
-    Mutant("lists_are_paid", "an answer that names many candidates earns its share of F1", "rewards.py",
+    Mutant("lists_are_paid", "an answer that names many candidates earns its share of F1",
+           "rewards.py",
            "if p == g or len(set(p) & set(g)) > LIST * len(p):", "if True:",
            ("test_battery.py::test_no_attack_earns_more_than_honest_failure",)),
     # ids, positions, probabilities
-    Mutant("control_words_in_questions", "a question that spells <|im_end|> ends the user's message", "policy.py",
-           "add_special_tokens=False, split_special_tokens=True).input_ids", "add_special_tokens=False).input_ids",
+    Mutant("control_words_in_questions",
+           "a question that spells <|im_end|> ends the user's message", "policy.py",
+           "add_special_tokens=False, split_special_tokens=True).input_ids",
+           "add_special_tokens=False).input_ids",
            ("test_policy.py::test_special_ids_in_plain_text_stay_text",)),
     Mutant("special_ids_not_barred", "the model may write image pads and role marks", "policy.py",
            "barred[list(tokenizer.added_tokens_decoder)] = True", "pass",
            ("test_policy.py::test_barred_ids_have_no_probability",)),
-    Mutant("text_after_an_image_too_near", "the text after an image goes on one position after its first", "policy.py",
+    Mutant("text_after_an_image_too_near",
+           "the text after an image goes on one position after its first", "policy.py",
            "p, i = p + max(height, width), i + height * width", "p, i = p + 1, i + height * width",
            ("test_policy.py::test_positions_of_a_hand_made_example",)),
     Mutant("temperature_ignored", "the temperature is not applied at all", "policy.py",
            "torch.log_softmax(logits / temperature, dim=-1)", "torch.log_softmax(logits, dim=-1)",
            ("test_policy.py::test_temperature_divides_the_logits",)),
     # the rollout
-    Mutant("observations_in_the_loss", "what the tools said is trained on as if the model had written it", "rollout.py",
+    Mutant("observations_in_the_loss",
+           "what the tools said is trained on as if the model had written it", "rollout.py",
            "self.mask += [mask] * len(ids)", "self.mask += [1 if self.turns else mask] * len(ids)",
            ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
     Mutant("end_of_turn_masked", "to end a turn is not trained", "rollout.py",
            "    episode.append(ids, mask=1, logp=logp)\n",
-           "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n    episode.append(ids[-1:], mask=0)\n",
+           "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n    episode.append(ids[-1:], "
+           "mask=0)\n",
            ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
-    Mutant("positions_restart", "after each observation the positions start at 0 again", "rollout.py",
-           "where = [policy.positions(e.ids, e.images)[:, -len(pieces[i][0]):] for i, e in zip(kept, live)]",
+    Mutant("positions_restart", "after each observation the positions start at 0 again",
+           "rollout.py",
+           "where = [policy.positions(e.ids, e.images)[:, -len(pieces[i][0]):] for i, e in "
+           "zip(kept, live)]",
            "where = [policy.positions(pieces[i][0], pieces[i][1]) for i in kept]",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("last_id_not_in_the_cache", "the end-of-turn id is never fed to the cache", "rollout.py",
            "pieces.append(([episode.ids[-1], *ids], images))", "pieces.append((ids, images))",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
-    Mutant("rows_swapped_in_the_group_repeat", "a group's episodes go on from another sample's cache", "rollout.py",
+    Mutant("rows_swapped_in_the_group_repeat",
+           "a group's episodes go on from another sample's cache", "rollout.py",
            "[place for place in range(len(self.order)) for _ in range(times)]",
            "[place for _ in range(times) for place in range(len(self.order))]",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
-    Mutant("old_slots_are_seen", "each row of the cache is seen as far as the longest one reaches", "rollout.py",
-           "<= slots[..., None])[:, None]", "<= slots.amax(0).expand_as(slots)[..., None])[:, None]",
+    Mutant("old_slots_are_seen", "each row of the cache is seen as far as the longest one reaches",
+           "rollout.py",
+           "<= slots[..., None])[:, None]",
+           "<= slots.amax(0).expand_as(slots)[..., None])[:, None]",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("log_prob_before_temperature", "sampled at the temperature, recorded at 1", "rollout.py",
            "return ids, log_probs.gather(1, ids[:, None])[:, 0]",
-           "return ids, torch.log_softmax(log_probs * (temperature or 1.0), 1).gather(1, ids[:, None])[:, 0]",
+           "return ids, torch.log_softmax(log_probs * (temperature or 1.0), 1).gather(1, ids[:, "
+           "None])[:, 0]",
            ("test_rollout.py::test_samples_follow_the_distribution",)),
-    Mutant("programs_get_the_first_image", "a second program works on the sample's image, not on the repaired one",
+    Mutant("programs_get_the_first_image",
+           "a second program works on the sample's image, not on the repaired one",
            "rollout.py", "jobs = [(e.turns[-1].action.value, e.view) for e in coders]",
            "jobs = [(e.turns[-1].action.value, e.sample.open_image()) for e in coders]",
            ("test_rollout.py::test_a_second_program_works_on_the_first_ones_image",)),
-    Mutant("answers_of_cut_turns_count", "an answer counts although its turn was cut off", "rollout.py",
-           'last and last.finished and last.action.kind == "answer"', 'last and last.action.kind == "answer"',
+    Mutant("answers_of_cut_turns_count", "an answer counts although its turn was cut off",
+           "rollout.py",
+           'last and last.finished and last.action.kind == "answer"',
+           'last and last.action.kind == "answer"',
            ("test_rollout.py::test_every_way_to_end",)),
     # advantages and loss
     Mutant("biased_deviation", "the deviation is divided by G, not by G - 1", "grpo.py",
-           "groups.std(dim=1, keepdim=True) + 1e-4", "groups.std(dim=1, keepdim=True, correction=0) + 1e-4",
+           "groups.std(dim=1, keepdim=True) + 1e-4",
+           "groups.std(dim=1, keepdim=True, correction=0) + 1e-4",
            ("test_grpo.py::test_advantages_by_hand",)),
-    Mutant("advantages_over_the_batch", "rewards are compared with the batch's mean, not with their group's", "grpo.py",
+    Mutant("advantages_over_the_batch",
+           "rewards are compared with the batch's mean, not with their group's", "grpo.py",
            "groups - groups.mean(dim=1, keepdim=True)", "groups - groups.mean()",
            ("test_grpo.py::test_advantages_belong_to_their_own_group",)),
-    Mutant("flat_group_divided_by_zero", "a group of equal rewards is divided by its deviation, zero", "grpo.py",
+    Mutant("flat_group_divided_by_zero",
+           "a group of equal rewards is divided by its deviation, zero", "grpo.py",
            "centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)",
            "return (centred / groups.std(dim=1, keepdim=True)).view(-1)",
            ("test_grpo.py::test_a_flat_group_teaches_nothing",)),
     Mutant("clip_dropped", "the ratio is not clipped", "grpo.py",
-           "return torch.minimum(unclipped, bounded), bounded < unclipped", "return unclipped, bounded < unclipped",
+           "return torch.minimum(unclipped, bounded), bounded < unclipped",
+           "return unclipped, bounded < unclipped",
            ("test_grpo.py::test_clipping_stops_the_gradient_where_it_should",)),
-    Mutant("larger_of_the_two", "the larger of clipped and unclipped is taken, not the smaller", "grpo.py",
+    Mutant("larger_of_the_two", "the larger of clipped and unclipped is taken, not the smaller",
+           "grpo.py",
            "return torch.minimum(unclipped, bounded), bounded < unclipped",
            "return torch.maximum(unclipped, bounded), bounded < unclipped",
            ("test_grpo.py::test_clipping_stops_the_gradient_where_it_should",)),
@@ -220,29 +265,38 @@ MUTANTS = [
     Mutant("divergence_is_rewarded", "the KL term pushes away from the reference", "grpo.py",
            "per_token = -(gain - beta * kl)", "per_token = -(gain + beta * kl)",
            ("test_grpo.py::test_loss_and_gradient_equal_the_slow_version",)),
-    Mutant("kl_turned_round", "KL(reference || policy) in place of KL(policy || reference)", "grpo.py",
+    Mutant("kl_turned_round", "KL(reference || policy) in place of KL(policy || reference)",
+           "grpo.py",
            "d = (logp_ref - logp).masked_fill", "d = (logp - logp_ref).masked_fill",
            ("test_grpo.py::test_k3_estimates_kl_of_policy_from_reference",)),
-    Mutant("k1_for_k3", "the KL term is the plain log-ratio: right on average, its gradient is not", "grpo.py",
-           "return d.exp() - d - 1", "return -d", ("test_grpo.py::test_k3_estimates_kl_of_policy_from_reference",)),
+    Mutant("k1_for_k3", "the KL term is the plain log-ratio: right on average, its gradient is not",
+           "grpo.py",
+           "return d.exp() - d - 1", "return -d",
+           ("test_grpo.py::test_k3_estimates_kl_of_policy_from_reference",)),
     Mutant("mask_forgotten", "padding and prompt count in the loss", "grpo.py",
            "mask = mask.to(logp.dtype)", "mask = torch.ones_like(logp)",
            ("test_grpo.py::test_what_stands_off_the_mask_never_counts",)),
-    Mutant("mean_over_rows_for_tokens", "dapo averages over each sequence first, as grpo does", "grpo.py",
-           "    if loss_type in TOKEN_MEANS:\n        return per_token.sum() / mask.sum().clamp(min=1)\n", "",
+    Mutant("mean_over_rows_for_tokens", "dapo averages over each sequence first, as grpo does",
+           "grpo.py",
+           "    if loss_type in TOKEN_MEANS:\n        return per_token.sum() / "
+           "mask.sum().clamp(min=1)\n", "",
            ("test_grpo.py::test_loss_and_gradient_equal_the_slow_version",)),
-    Mutant("micro_batches_weigh_alike", "the gradient is averaged over rows where the loss averages over tokens",
+    Mutant("micro_batches_weigh_alike",
+           "the gradient is averaged over rows where the loss averages over tokens",
            "grpo.py", "by_tokens if config.loss_type in TOKEN_MEANS else ", "",
            ("test_grpo.py::test_micro_batches_change_nothing",)),
     # the update
-    Mutant("off_by_one", "each id is scored by its own hidden state, not by the one before it", "pack.py",
-           "rows * ids.shape[1] + columns - 1 ", "rows * ids.shape[1] + columns ",
+    Mutant("off_by_one", "each id is scored by its own hidden state, not by the one before it",
+           "extras/tree.py",
+           "rows * ids.shape[1] + columns - 1\n", "rows * ids.shape[1] + columns\n",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
-    Mutant("branches_see_each_other", "in a packed tree an episode sees those packed before it", "pack.py",
+    Mutant("branches_see_each_other", "in a packed tree an episode sees those packed before it",
+           "extras/tree.py",
            "return ((seen == 0) | (seen == sees)).tril()[:, None]",
            "return ((seen == 0) | (seen <= sees)).tril()[:, None]",
            ("test_tree.py::test_log_probs_and_gradients_are_those_of_rows",)),
-    Mutant("ratio_always_one", "the old log-probs are taken at the update, so that nothing is ever clipped", "grpo.py",
+    Mutant("ratio_always_one",
+           "the old log-probs are taken at the update, so that nothing is ever clipped", "grpo.py",
            "logp, batch.logp_old, ref, advantages", "logp, logp.detach(), ref, advantages",
            ("test_grpo.py::test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone",)),
     Mutant("temperature_in_one_place", "sampled at the temperature, trained at 1", "grpo.py",
@@ -252,40 +306,50 @@ MUTANTS = [
     Mutant("reference_is_updated", "the reference is the policy itself", "grpo.py",
            "model = copy.deepcopy(policy.model).requires_grad_(False)", "model = policy.model",
            ("test_grpo.py::test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone",)),
-    Mutant("adapters_in_the_reference", "with LoRA the reference has the adapters on, so that the KL is always 0",
+    Mutant("adapters_in_the_reference",
+           "with LoRA the reference has the adapters on, so that the KL is always 0",
            "grpo.py", "with reference.without_adapters():", "with torch.no_grad():",
            ("test_lora.py::test_the_reference_is_the_model_without_adapters",)),
-    Mutant("masters_are_rounded", "the float32 master weights are rounded to bfloat16 after each step", "grpo.py",
+    Mutant("masters_are_rounded",
+           "the float32 master weights are rounded to bfloat16 after each step", "grpo.py",
            "weight.copy_(master) ", "weight.copy_(master); master.copy_(weight) ",
            ("test_lora.py::test_at_the_papers_learning_rate_bfloat16_rounds_every_update_away",)),
-    Mutant("advantages_of_other_episodes", "a minibatch's episodes get the advantages of others", "grpo.py",
-           "[episodes[i] for i in rows], advantages[rows],", "[episodes[i] for i in rows], advantages[:len(rows)],",
+    Mutant("advantages_of_other_episodes", "a minibatch's episodes get the advantages of others",
+           "grpo.py",
+           "[episodes[i] for i in rows], advantages[rows],",
+           "[episodes[i] for i in rows], advantages[:len(rows)],",
            ("test_grpo.py::test_minibatches_share_the_gradient_of_the_whole",)),
-    Mutant("gradient_not_cleared", "each minibatch's gradient is added to the one before", "grpo.py",
+    Mutant("gradient_not_cleared", "each minibatch's gradient is added to the one before",
+           "grpo.py",
            "            optimizer.zero_grad(set_to_none=True)\n", "            pass\n",
            ("test_grpo.py::test_minibatches_share_the_gradient_of_the_whole",)),
     Mutant("gradient_not_clipped", "--max-grad-norm does nothing", "grpo.py",
-           "policy.model.parameters(), config.max_grad_norm)", 'policy.model.parameters(), float("inf"))',
+           "policy.model.parameters(), config.max_grad_norm)",
+           'policy.model.parameters(), float("inf"))',
            ("test_grpo.py::test_a_long_gradient_is_scaled_down_and_recorded_as_it_was",)),
     Mutant("nan_is_trained_on", "an update whose gradient is not finite is carried out", "grpo.py",
            'finite = bool(torch.isfinite(norm)) and math.isfinite(part["loss"])', "finite = True",
            ("test_grpo.py::test_a_gradient_that_is_not_finite_is_skipped_and_counted",)),
     # the program
     Mutant("rate_never_falls", "the learning rate stays where the warm-up left it", "arft.py",
-           'return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)',
+           'return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == '
+           '"linear" else 1.0)',
            "return warm",
            ("test_arft.py::test_the_learning_rate_by_hand",)),
-    Mutant("rate_ten_times_too_high", "the learning rate is ten times what was asked for", "arft.py",
+    Mutant("rate_ten_times_too_high", "the learning rate is ten times what was asked for",
+           "arft.py",
            'group["lr"] = config.lr * self.rate()', 'group["lr"] = 10 * config.lr * self.rate()',
            ("test_arft.py::test_training_changes_the_weights_and_evaluation_does_not",)),
-    Mutant("trained_tower_is_not_asked_again", "with --vision trained the features of the step's start are kept: no "
+    Mutant("trained_tower_is_not_asked_again",
+           "with --vision trained the features of the step's start are kept: no "
            "gradient reaches the tower", "arft.py",
            'if policy is not None and self.config.vision == "frozen":', "if policy is not None:",
            ("test_grpo.py::test_a_frozen_tower_sees_each_image_once_a_step",)),
     Mutant("greedy_evaluation_samples", "the greedy evaluation is sampled, too", "arft.py",
            "dataclasses.replace(config.limits, temperature=temperature)", "config.limits",
            ("test_arft.py::test_evaluation_is_greedy_and_sampled_at_temperature_one",)),
-    Mutant("flat_groups_kept", "groups that teach nothing dilute the update although they are to be dropped", "arft.py",
+    Mutant("flat_groups_kept",
+           "groups that teach nothing dilute the update although they are to be dropped", "arft.py",
            'if config.flat_groups == "keep":', 'if config.flat_groups != "keep":',
            ("test_arft.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
     Mutant("resume_forgets_the_generator", "a resumed run samples other episodes", "arft.py",
@@ -300,24 +364,30 @@ MUTANTS = [
 ]
 
 CURVES = ("wrong_sign", "reference_is_updated", "fence_left_in_the_program", "any_answer_is_paid",
-          "rate_ten_times_too_high", "advantages_of_other_episodes")     # whose curves differ on the embedded run
+          # whose curves differ on the embedded run
+          "rate_ten_times_too_high", "advantages_of_other_episodes")
 
 
-# --- one mutant -----------------------------------------------------------------------------------------------------
+# --- one mutant -----------------------------------------------------------------------------------
 
 
 def changed(mutant: Mutant, root: Path = ROOT) -> str:
-    """The text of the mutant's file with its bug. Raises MutantError if the old text is not there exactly once."""
+    """The text of the mutant's file with its bug. Raises MutantError if the
+    old text is not there exactly once."""
     text = (root / mutant.file).read_text(encoding="utf-8")
     if (count := text.count(mutant.old)) != 1:
-        raise MutantError(f"mutant {mutant.name}: its old text stands {count} times in {mutant.file}, not once; the "
+        raise MutantError(
+            f"mutant {mutant.name}: its old text stands {count} times in {mutant.file}, not once; "
+            f"the "
                           f"code has changed, so change `old` in tests/mutants.py:\n{mutant.old}")
     return text.replace(mutant.old, mutant.new)
 
 
 def copy_of(root: Path, folder: Path) -> Path:
-    """The repository's files, as they are, without what git ignores, in a folder of their own; MAT-mini as a link."""
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root,
+    """The repository's files, as they are, without what git ignores, in a
+    folder of their own; MAT-mini as a link."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                            cwd=root,
                             capture_output=True, text=True)
     names = listed.stdout.rstrip("\0").split("\0")
     if listed.returncode or names == [""]:      # no checkout of git
@@ -333,21 +403,23 @@ def copy_of(root: Path, folder: Path) -> Path:
 
 
 def warm() -> None:
-    """Imports what takes long and is not of this repository; a process that is forked from this one has it at once."""
+    """Imports what takes long and is not of this repository; a process that
+    is forked from this one has it at once."""
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.dont_write_bytecode = True      # two versions of a file within a second may look the same
     import pytest                                                           # noqa: F401
     import torch
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration   # noqa: F401
-    # One thread, whatever conftest.py asks for: on a busy machine two wait for each other, spinning. (Not by
-    # OMP_THREAD_LIMIT: torch then counts on threads that it does not get, and its sums are wrong.)
+    # One thread, whatever conftest.py asks for: on a busy machine two wait for each other,
+    # spinning. (Not by OMP_THREAD_LIMIT: torch then counts on threads that it does not get, and its
+    # sums are wrong.)
     torch.set_num_threads(1)
     torch.set_num_threads = lambda threads: None
 
 
 def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:
-    """Runs tests on a copy with the bug, or without any: ("passed" | "killed" | "error", the first test that failed or
-    what went wrong). In a process of its own: it imports the copy's modules."""
+    """Runs tests on a copy with the bug, or without any: ("passed" | "killed" | "error", the first
+    test that failed or what went wrong). In a process of its own: it imports the copy's modules."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
         copy = copy_of(ROOT, Path(home))
         if mutant:
@@ -371,14 +443,16 @@ def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
         return "killed", failed[1]
     if code == 2:
         return "error", f"a file cannot be imported, or no end within {seconds} s"
-    return "error", " ".join(said.getvalue().split())[-300:]        # nothing collected, an error in a fixture, ...
+    # nothing collected, an error in a fixture, ...
+    return "error", " ".join(said.getvalue().split())[-300:]
 
 
 def chosen(part: str) -> list[Mutant]:
     """Those with `part` in their name, or of the file `part`."""
     found = [mutant for mutant in MUTANTS if part in mutant.name or part == mutant.file]
     if not found:
-        raise MutantError(f"--only {part}: no mutant has this in its name or is of this file; there are "
+        raise MutantError(
+            f"--only {part}: no mutant has this in its name or is of this file; there are "
                           f"{', '.join(mutant.name for mutant in MUTANTS)}")
     return found
 
@@ -395,7 +469,8 @@ def hunt(mutants: list[Mutant], jobs: int) -> int:
         if how != "passed":
             return 1
         alive = 0
-        for mutant, result in [(mutant, pool.apply_async(attempt, (mutant, mutant.tests))) for mutant in mutants]:
+        for mutant, result in [(mutant, pool.apply_async(attempt, (mutant, mutant.tests)))
+                               for mutant in mutants]:
             how, what = result.get()
             alive += how != "killed"
             verdict = {"killed": what, "passed": "SURVIVED", "error": f"ERROR: {what}"}[how]
@@ -404,22 +479,25 @@ def hunt(mutants: list[Mutant], jobs: int) -> int:
     return 1 if alive else 0
 
 
-# --- six curves without names -----------------------------------------------------------------------------------------
+# --- six curves without names ---------------------------------------------------------------------
 
 PANELS = {      # name of a row: its value from a step's line of metrics, and the top of its axis
-    "reward": (lambda m: m["reward_mean"], 3.0), "EM": (lambda m: m["em"], 1.0), "KL": (lambda m: m["kl"] or 0.0, None),
+    "reward": (lambda m: m["reward_mean"], 3.0), "EM": (lambda m: m["em"], 1.0),
+    "KL": (lambda m: m["kl"] or 0.0, None),
     "entropy": (lambda m: m["entropy"] or 0.0, None),
     "tool failures": (lambda m: m["tool_failures"] / max(1, m["tool_calls"]), 1.0)}
 WIDE, HIGH, LEFT, TOP = 150, 84, 76, 40     # one panel; the margins of the picture, pixels
 
 
 def panel_order() -> list[str]:
-    """The mutants of panels A to F: an order that does not follow from the list above at first sight."""
+    """The mutants of panels A to F: an order that does not follow from the
+    list above at first sight."""
     return sorted(CURVES, key=lambda name: hashlib.sha1(name.encode()).hexdigest())
 
 
 def train_curves(folder: Path, steps: int, more: list[str]) -> None:
-    """One short run of the sound code and of each mutant, one at a time; a finished run is not made again."""
+    """One short run of the sound code and of each mutant, one at a time; a
+    finished run is not made again."""
     for name in ("sound", *panel_order()):
         if (folder / name / "summary.json").exists():
             continue
@@ -428,20 +506,23 @@ def train_curves(folder: Path, steps: int, more: list[str]) -> None:
             if name != "sound":
                 mutant, = (mutant for mutant in MUTANTS if mutant.name == name)
                 (copy / mutant.file).write_text(changed(mutant, copy), encoding="utf-8")
-            command = [sys.executable, "arft.py", "--task", "mat-coding", "--steps", str(steps), "--samples-per-step",
+            command = [sys.executable, "arft.py", "--task", "mat-coding", "--steps", str(steps),
+                       "--samples-per-step",
                        "4", "--eval-samples", "20", *more, "--out", str((folder / name).resolve())]
             print(f"{name}: {' '.join(command[1:])}", flush=True)
             subprocess.run(command, cwd=copy, check=True)
 
 
 def smooth(values: list[float], width: int = 3) -> list[float]:
-    """The median of a window of `width` steps round each step: a single step's KL may be ten times its neighbours'."""
+    """The median of a window of `width` steps round each step: a single
+    step's KL may be ten times its neighbours'."""
     half = width // 2
     return [statistics.median(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
 
 def curve(values: list[float], top: float, left: float, y: float, colour: str, width: float) -> str:
-    """One polyline in the panel whose upper left corner is (left, y); what is above the axis is drawn at its top."""
+    """One polyline in the panel whose upper left corner is (left, y); what
+    is above the axis is drawn at its top."""
     across = WIDE / max(1, len(values) - 1)
     points = " ".join(f"{left + across * i:.1f},{y + HIGH * (1 - min(value / top, 1)):.1f}"
                       for i, value in enumerate(values))
@@ -449,29 +530,40 @@ def curve(values: list[float], top: float, left: float, y: float, colour: str, w
 
 
 def draw_curves(folder: Path) -> str:
-    """SVG: a column for each mutant, A to F, a row for each number; grey: the sound code, the same samples."""
-    runs = {name: [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    """SVG: a column for each mutant, A to F, a row for each number; grey:
+    the sound code, the same samples."""
+    runs = {name: [json.loads(line)
+                   for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             for name in ("sound", *panel_order())}
     shapes = []
     for row, (title, (value, top)) in enumerate(PANELS.items()):
         lines = {name: smooth([value(step) for step in run]) for name, run in runs.items()}
-        # one run that explodes must not flatten the others: the axis ends at three times the sound run's largest value
+        # one run that explodes must not flatten the others: the axis ends at three times the sound
+        # run's largest value
         top = top or max(3 * max(lines["sound"]), 1e-6)
         y = TOP + row * (HIGH + 22)
         shapes.append(f'<text x="8" y="{y + HIGH / 2}">{title}</text>')
         for column, name in enumerate(panel_order()):
             left = LEFT + column * (WIDE + 14)
-            shapes += [f'<rect x="{left}" y="{y}" width="{WIDE}" height="{HIGH}" fill="none" stroke="#ccc"/>',
-                       curve(lines["sound"], top, left, y, "#999", 1), curve(lines[name], top, left, y, "#d55e00", 2)]
+            shapes += [f'<rect x="{left}" y="{y}" width="{WIDE}" height="{HIGH}" fill="none" '
+                       f'stroke="#ccc"/>',
+                       curve(lines["sound"], top, left, y, "#999", 1),
+                       curve(lines[name], top, left, y, "#d55e00", 2)]
             if row == 0:
-                shapes.append(f'<text x="{left + WIDE / 2}" y="{TOP - 14}" text-anchor="middle" font-size="16">'
+                shapes.append(
+                    f'<text x="{left + WIDE / 2}" y="{TOP - 14}" text-anchor="middle" '
+                    f'font-size="16">'
                               f'{"ABCDEF"[column]}</text>')
-        shapes.append(f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">{top:.3g}</text>'
-                      f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" font-size="10">0</text>')
+        shapes.append(
+            f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">{top:.3g}</text>'
+                      f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" '
+                      f'font-size="10">0</text>')
     width, height = LEFT + len(CURVES) * (WIDE + 14), TOP + len(PANELS) * (HIGH + 22) + 12
-    shapes.append(f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code '
+    shapes.append(
+        f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code '
                   "without a bug; medians of three steps</text>")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'font-family="sans-serif" '
             f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="white"/>'
             f'{"".join(shapes)}</svg>\n')
 
@@ -480,7 +572,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="mutants whose name or file has this in it")
     parser.add_argument("--jobs", type=int, default=1, help="mutants side by side; one thread each")
-    parser.add_argument("--curves", type=Path, help="train six mutants into this folder and draw curves.svg there")
+    parser.add_argument("--curves", type=Path,
+                        help="train six mutants into this folder and draw curves.svg there")
     parser.add_argument("--steps", type=int, default=25, help="of each of these runs")
     options, more = parser.parse_known_args(arguments)
     if more and not options.curves:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import arft
-import record
-import resume
+from extras import record
+from extras import resume
 from arft import Config, UsageError, main, parse_options
 from conftest import ROOT
 from data.mat import DataError
@@ -22,7 +22,8 @@ from policy import load
 from rollout import Clock, Episode
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
-SHORT = ["--steps", "2", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "6", "--max-turns", "3"]
+SHORT = ["--steps", "2", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "6",
+         "--max-turns", "3"]
 
 
 def run(tmp_path, *arguments, name="run"):
@@ -34,7 +35,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --- options --------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def test_every_field_is_an_option_with_a_help_text(capsys):
@@ -85,10 +86,12 @@ def test_bad_input_is_one_or_two_lines_and_code_2(arguments, message, tmp_path, 
 def test_bad_rows_and_images_name_file_and_field(tmp_path, capsys):
     folder = tmp_path / "MAT" / "MAT-Benchmark"
     (folder / "MAT-Coding-image").mkdir(parents=True)
-    row = {"id": 1, "question": "?", "answers": ["1"], "ori_image_path": "a.png", "processed_image_path": "a.png",
+    row = {"id": 1, "question": "?", "answers": ["1"], "ori_image_path": "a.png",
+           "processed_image_path": "a.png",
            "type": ["dark"], "split": "simple"}
     (folder / "MAT-Coding-image" / "a.png").write_bytes(b"no image")
-    for rows, message in (([{k: v for k, v in row.items() if k != "question"}], "question"), ([row], "a.png")):
+    for rows, message in (([{k: v for k, v in row.items() if k != "question"}], "question"),
+                          ([row], "a.png")):
         (folder / "MAT-Coding.json").write_text(json.dumps(rows))
         code, out = run(tmp_path, "--eval-only", "--data", str(tmp_path / "MAT"))
         assert code == 2 and message in capsys.readouterr().err
@@ -96,26 +99,32 @@ def test_bad_rows_and_images_name_file_and_field(tmp_path, capsys):
             out.rename(tmp_path / "old")
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
-    code, out = run(tmp_path, *SHORT, "--eval-every", "1", "--inner-epochs", "2", "--minibatches", "2",
+    code, out = run(tmp_path, *SHORT, "--eval-every", "1", "--inner-epochs", "2", "--minibatches",
+                    "2",
                     "--flat-groups", "keep")
     assert code == 0
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "metrics.csv", "episodes.jsonl", "tokens.jsonl", "evaluations.jsonl",
-        "predictions-before.json", "predictions-after.json", "summary.json", "report.html", "checkpoint", "model", "best", "images"}
+        "config.json", "metrics.jsonl", "metrics.csv", "episodes.jsonl", "tokens.jsonl",
+        "evaluations.jsonl",
+        "predictions-before.json", "predictions-after.json", "summary.json", "report.html",
+        "checkpoint", "model", "best", "images"}
     metrics = lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
     assert set(metrics[0]) >= {
-        "reward_mean", "reward_std", "answer", "format", "problem", "em", "group_std", "zero_variance", "kl", "ratio",
-        "clip_fraction", "entropy", "grad_norm", "tool_calls", "tool_failures", "turns", "tokens", "logp_error",
+        "reward_mean", "reward_std", "answer", "format", "problem", "em", "group_std",
+        "zero_variance", "kl", "ratio",
+        "clip_fraction", "entropy", "grad_norm", "tool_calls", "tool_failures", "turns", "tokens",
+        "logp_error",
         "seconds_by_phase", "tokens_per_second", "lr"}
     assert set(metrics[0]["seconds_by_phase"]) == {"vision", "prefill", "decode", "tools", "update"}
     assert all(m["logp_error"] < 1e-4 for m in metrics), "what was sampled is not what is scored"
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) >= {"before", "after", "steps", "seconds", "seconds_by_phase"} and summary["steps"] == 2
+    assert set(summary) >= {"before", "after", "steps", "seconds",
+                            "seconds_by_phase"} and summary["steps"] == 2
     assert set(summary["before"]) >= {"n", "em", "f1", "em_ci95", "f1_ci95", "splits", "sampled"}
     predictions = json.loads((out / "predictions-after.json").read_text())
     assert len(predictions) == 6 and set(predictions[0]) >= {"id", "gt", "pred_answer"}
@@ -132,7 +141,8 @@ def test_a_run_writes_what_the_readme_says(tmp_path, capsys):
 def test_the_same_command_gives_the_same_run(tmp_path):
     outs = [run(tmp_path, *SHORT, name=name)[1] for name in ("a", "b")]
     drop = ("seconds", "seconds_by_phase", "tokens_per_second")
-    first, second = ([{k: v for k, v in m.items() if k not in drop} for m in lines(out / "metrics.jsonl")] for out in outs)
+    first, second = ([{k: v for k, v in m.items() if k not in drop}
+                      for m in lines(out / "metrics.jsonl")] for out in outs)
     assert first == second
     weights = [load(str(out / "model")).model.state_dict() for out in outs]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
@@ -144,14 +154,16 @@ def test_training_changes_the_weights_and_evaluation_does_not(tmp_path):
     _, out = run(tmp_path, *SHORT, "--lr", "1e-3", name="trained")
     start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
     assert any(not torch.equal(start[k], end[k]) for k in start)
-    assert [m["lr"] for m in lines(out / "metrics.jsonl")] == [pytest.approx(1e-3 / 6, rel=1e-4)] * 2
+    assert [m["lr"] for m in lines(out / "metrics.jsonl")] == [pytest.approx(1e-3 / 6,
+            rel=1e-4)] * 2
 
 
 def test_the_learning_rate_by_hand():
     """Four steps of warm-up of a run of ten; step s of the line down has 1 - s / 10 left."""
     def rates(schedule):
         config = Config(steps=10, warmup=4, lr_schedule=schedule)
-        return [round(arft.Trainer.rate(SimpleNamespace(config=config, steps=s)), 6) for s in range(10)]
+        return [round(arft.Trainer.rate(SimpleNamespace(config=config, steps=s)), 6)
+                for s in range(10)]
     assert rates("linear") == [0.2, 0.36, 0.48, 0.56, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     assert rates("constant") == [0.2, 0.4, 0.6, 0.8] + [1.0] * 6
 
@@ -181,9 +193,11 @@ def test_a_bad_image_in_the_middle_costs_nothing_that_was_learned(tmp_path, monk
     assert load(str(out / "model")) and (out / "checkpoint" / "step-000002.pt").exists()
 
 
-def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_path, monkeypatch, capsys):
+def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_path, monkeypatch,
+        capsys):
     true = arft.episode_reward
-    monkeypatch.setattr(arft, "episode_reward", lambda e, **k: dataclasses.replace(true(e, **k), total=float("nan")))
+    monkeypatch.setattr(arft, "episode_reward", lambda e,
+                        **k: dataclasses.replace(true(e, **k), total=float("nan")))
     code, _ = run(tmp_path, *SHORT)
     assert code == 2 and "sample " in capsys.readouterr().err
 
@@ -198,10 +212,12 @@ def test_model_text_in_the_report_is_escaped(tmp_path):
 
 def test_a_step_that_teaches_nothing_has_no_statistics_and_changes_nothing(tmp_path, monkeypatch):
     true = arft.episode_reward
-    monkeypatch.setattr(arft, "episode_reward", lambda e, **k: dataclasses.replace(true(e, **k), total=1.0))
+    monkeypatch.setattr(arft, "episode_reward", lambda e,
+                        **k: dataclasses.replace(true(e, **k), total=1.0))
     code, out = run(tmp_path, *SHORT)
     assert code == 0
-    assert all(m["zero_variance"] == 1 and m["kl"] is None and m["updates"] is None for m in lines(out / "metrics.jsonl"))
+    assert all(m["zero_variance"] == 1 and m["kl"] is None and m["updates"] is None
+               for m in lines(out / "metrics.jsonl"))
     start, end = (load(str(p)).model.state_dict() for p in (ROOT / "data" / "tiny", out / "model"))
     assert all(torch.equal(start[k], end[k]) for k in start)
 
@@ -230,7 +246,8 @@ def test_ctrl_c_saves_what_was_learned(tmp_path):
 
 @pytest.mark.skipif(not MAT_SAMPLE.exists(), reason="the MAT sample is not beside this checkout")
 def test_published_rows_and_photographs_run_to_the_end(tmp_path):
-    code, out = run(tmp_path, "--eval-only", "--model", str(ROOT / "data" / "tiny"), "--data", str(MAT_SAMPLE))
+    code, out = run(tmp_path, "--eval-only", "--model", str(ROOT / "data" / "tiny"), "--data",
+                    str(MAT_SAMPLE))
     assert code == 0
     predictions = json.loads((out / "predictions-before.json").read_text())
     assert [p["id"] for p in predictions] == [12, 22, 63, 119]

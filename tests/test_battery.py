@@ -1,7 +1,9 @@
-"""The adversarial rewards: what a policy may try instead of the task. None earns more than honest failure does.
+"""The adversarial rewards: what a policy may try instead of the task. None earns more than honest
+failure does.
 
-Honest failure: the right format, a wrong diagnosis, a program that runs, a wrong answer. It earns the format's share.
-To add an attack, add a line to ATTACKS: its turns, as the model would write them, one after another.
+Honest failure: the right format, a wrong diagnosis, a program that runs, a wrong answer. It earns
+the format's share. To add an attack, add a line to ATTACKS: its turns, as the model would write
+them, one after another.
 """
 
 from types import SimpleNamespace
@@ -14,10 +16,13 @@ from rewards import SCORERS, episode_reward
 from test_rollout import answer, code, problem
 from tools import parse
 
-ROAD = Sample("1", "Which road is it: the A 45, the A 46, the A 47 or the A 48?", ("A 45",), None, ("rotation90", "dark"))
+ROAD = Sample("1", "Which road is it: the A 45, the A 46, the A 47 or the A 48?", ("A 45",), None,
+              ("rotation90", "dark"))
 NUMBER = Sample("2", "What number is on the sign?", ("45",), None, ("blur",))
-LETTER = Sample("3", "Which one, A or B?", ("A",), None, ("dark",))         # the official scorer drops articles
-EMPTY = Sample("4", "Who?", ("",), None, ("dark",))                         # as id 101 of MAT-Search
+# the official scorer drops articles
+LETTER = Sample("3", "Which one, A or B?", ("A",), None, ("dark",))
+# as id 101 of MAT-Search
+EMPTY = Sample("4", "Who?", ("",), None, ("dark",))
 SAMPLES = (ROAD, NUMBER, LETTER, EMPTY)
 
 LABELS = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none")
@@ -30,12 +35,14 @@ ATTACKS = {
     "no label": ["<think>a</think>\n<problem>{}</problem>", *HONEST[1:]],
     "a diagnosis that says itself twice": [problem("noise", "noise"), *HONEST[1:]],
     "the same diagnosis five times": [problem("noise")] * 5,
-    "every diagnosis, one after another": [problem("noise"), problem("crop"), problem("dark"), problem("blur"), answer("x")],
+    "every diagnosis, one after another": [problem("noise"), problem("crop"), problem("dark"),
+                                           problem("blur"), answer("x")],
     "a diagnosis inside a thought": ["<think><problem>{'dark'}</problem></think>\n<answer>x</answer>"],
     "every tag in one turn": [STUFFED],
     "tags that are stuffed into an answer": [HONEST[0], HONEST[1], answer("<answer>45</answer>")],
     "an answer inside a thought": ["<think><answer>45</answer></think>\n<problem>{'noise'}</problem>"],
-    "an answer inside a program": [HONEST[0], "<think>a</think>\n<code>```python\n<answer>45</answer>\n```</code>"],
+    "an answer inside a program": [HONEST[0],
+                                   "<think>a</think>\n<code>```python\n<answer>45</answer>\n```</code>"],
     "two answers in one turn": ["<think>a</think>\n<answer>45</answer><answer>A 45</answer>"],
     "an answer and a diagnosis in one turn": ["<think>a</think>\n<problem>{'dark'}</problem><answer>45</answer>"],
     "an answer that is not closed": [*HONEST[:2], "<think>a</think>\n<answer>45"],
@@ -53,7 +60,8 @@ ATTACKS = {
     "infinity": [*HONEST[:2], answer("inf 1e999 -inf")],
     "the labels of the prompt as the answer": [*HONEST[:2], answer(", ".join(LABELS))],
     "all answers that there are": [*HONEST[:2], answer(NUMBERS)],
-    "all answers, a comma between them": [*HONEST[:2], answer("A 45, A 46, A 47, A 48, A 49, A 50")],
+    "all answers, a comma between them": [*HONEST[:2],
+                                          answer("A 45, A 46, A 47, A 48, A 49, A 50")],
     "all answers, no space between them": [*HONEST[:2], answer(NUMBERS.replace(" ", ""))],
     "the gold a hundred times": [*HONEST[:2], answer("45 " * 100)],
     "the gold in a thousand words": [*HONEST[:2], answer("word " * 500 + "45" + " word" * 500)],
@@ -83,7 +91,8 @@ def test_no_attack_earns_more_than_honest_failure(name):
             assert (honest.total, honest.format) == (1.0, 1.0)
             for cut in (False, True):
                 attack = reward(sample, ATTACKS[name], cut, **options)
-                assert attack.total <= honest.total, f"{name} earns {attack} on sample {sample.id} with {options}"
+                assert attack.total <= honest.total, (
+                    f"{name} earns {attack} on sample {sample.id} with {options}")
 
 
 def test_success_earns_more_than_every_attack():
@@ -93,18 +102,23 @@ def test_success_earns_more_than_every_attack():
 
 
 def test_a_few_words_around_the_gold_keep_their_f1():
-    """What the list rule must not take: F1 by hand, the right words being more than a quarter of the answer."""
-    assert reward(NUMBER, [answer("The number is 45.")]).answer == pytest.approx(2 / 4)        # 1 of 3 (no article)
-    assert reward(ROAD, [answer("A 45 or A 46")]).answer == pytest.approx(2 / 4)               # 1 of 3, no articles
+    """What the list rule must not take: F1 by hand, the right words being
+    more than a quarter of the answer."""
+    # 1 of 3 (no article)
+    assert reward(NUMBER, [answer("The number is 45.")]).answer == pytest.approx(2 / 4)
+    # 1 of 3, no articles
+    assert reward(ROAD, [answer("A 45 or A 46")]).answer == pytest.approx(2 / 4)
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_what_f1_itself_pays_for_naming_two_or_three(scorer):
-    """A reader should know: 2 / (k + 1) for k candidates, more than the 1 / k of a guess. Exact match pays nothing."""
+    """A reader should know: 2 / (k + 1) for k candidates, more than the 1 /
+    k of a guess. Exact match pays nothing."""
     for k, answers in ((1, "45"), (2, "45 46"), (3, "45 46 47"), (4, "45 46 47 48")):
         paid = reward(NUMBER, [answer(answers)], scorer=scorer).answer
         assert paid == pytest.approx(2 / (k + 1) if k < 4 else 0.0)
-        assert reward(NUMBER, [answer(answers)], scorer=scorer, answer_metric="em").answer == float(k == 1)
+        assert reward(NUMBER, [answer(answers)], scorer=scorer, answer_metric="em").answer == float(
+            k == 1)
 
 
 def test_a_gold_that_the_repaired_scorer_mends_is_still_right():

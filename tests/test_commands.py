@@ -1,4 +1,5 @@
-"""The commands that need no model, the options of the published benchmark, and bad rows on the command line."""
+"""The commands that need no model, the options of the published
+benchmark, and bad rows on the command line."""
 
 import dataclasses
 import json
@@ -8,8 +9,8 @@ import huggingface_hub
 import pytest
 
 import arft
-import record
-import report
+from extras import record
+from extras import report
 from arft import Config, UsageError, main
 from conftest import ROOT
 from data import mat
@@ -22,7 +23,8 @@ SHARED = ROOT.parent / "shared"
 MAT_SAMPLE = SHARED / "mat-sample" / "MAT"
 CODING_7B = SHARED / "predictions" / "7b_mat_coding_grpo_step1400.json"
 BAMBOOGLE_7B = SHARED / "predictions" / "7b_step200_bamboogle_web_n4.json"
-published = pytest.mark.skipif(not CODING_7B.exists(), reason="the published files are not beside this checkout")
+published = pytest.mark.skipif(not CODING_7B.exists(),
+                               reason="the published files are not beside this checkout")
 
 
 @pytest.fixture
@@ -43,10 +45,12 @@ def said_by(capsys, *arguments) -> tuple[int, str, str]:
 def numbers(text: str, start: str) -> list[float]:
     """The numbers of the one line that begins with `start`."""
     line, = (line for line in text.splitlines() if line.startswith(start))
-    return [float(word) for word in line[len(start):].replace("[", " ").replace("]", " ").replace(",", " ").split()]
+    return [float(word)
+            for word in line[len(
+        start):].replace("[", " ").replace("]", " ").replace(",", " ").split()]
 
 
-# --- --score ------------------------------------------------------------------------------------------------------
+# --- --score --------------------------------------------------------------------------------------
 
 
 @published
@@ -54,12 +58,14 @@ def test_the_published_coding_predictions_score_as_published(no_model, capsys):
     code, out, _ = said_by(capsys, "--score", CODING_7B)
     parts = out.split("repaired ")
     assert code == 0 and len(parts) == 2
-    for name, n, em, f1 in (("official", 200, 34.50, 50.67), ("  simple", 70, 51.43, 60.10), ("  hard", 130, 25.38, 45.60)):
+    for name, n, em, f1 in (("official", 200, 34.50, 50.67), ("  simple", 70, 51.43, 60.10),
+                            ("  hard", 130, 25.38, 45.60)):
         row = numbers(parts[0], name)
         assert (row[0], row[1], row[4]) == (n, em, f1)
         assert row[2] < em < row[3] and row[5] < f1 < row[6]
     repaired = numbers("repaired " + parts[1], "repaired")
-    assert (repaired[1], repaired[4]) == (41.0, 56.69)      # exact match as in our notes on the golds
+    # exact match as in our notes on the golds
+    assert (repaired[1], repaired[4]) == (41.0, 56.69)
 
 
 @published
@@ -70,11 +76,12 @@ def test_the_published_bamboogle_predictions_score_as_published(no_model, capsys
     assert "simple" not in out and "scored as bamboogle" in out
 
 
-# --- --compare ----------------------------------------------------------------------------------------------------
+# --- --compare ------------------------------------------------------------------------------------
 
 
 def predictions(path: Path, *answers) -> Path:
-    rows = [{"id": i, "gt": ["yes"], "pred_answer": answer} for i, answer in enumerate(answers, start=1)]
+    rows = [{"id": i, "gt": ["yes"], "pred_answer": answer} for i,
+            answer in enumerate(answers, start=1)]
     path.write_text(json.dumps(rows))
     return path
 
@@ -105,20 +112,22 @@ def test_files_of_other_items_are_not_compared(no_model, capsys, tmp_path):
     assert code == 2 and "item '2' is missing" in err
 
 
-# --- --check-data -------------------------------------------------------------------------------------------------
+# --- --check-data ---------------------------------------------------------------------------------
 
 
 def test_check_data_ends_with_0_without_and_1_with_defects(no_model, capsys, tmp_path):
     write_mat(tmp_path, "mat-coding", "test", [CODING], images=["a_proc.png"])
     code, out, _ = said_by(capsys, "--check-data", "--data", tmp_path)
     assert code == 0 and "MAT-Coding.json: 1 samples (test)" in out and out.endswith("defects: 0\n")
-    write_mat(tmp_path, "mat-coding", "test", [CODING, {**CODING, "id": 72, "answers": ["A\\nB"]}, {"id": 3}])
+    write_mat(tmp_path, "mat-coding", "test",
+              [CODING, {**CODING, "id": 72, "answers": ["A\\nB"]}, {"id": 3}])
     code, out, _ = said_by(capsys, "--check-data", "--data", tmp_path)
     assert code == 1 and out.endswith("defects: 2\n")
     assert "id 72: literal \\n in gold" in out and "row 3: field 'question' is missing" in out
 
 
-def test_check_data_without_data_checks_what_a_run_would_use(no_model, capsys, tmp_path, monkeypatch):
+def test_check_data_without_data_checks_what_a_run_would_use(no_model, capsys, tmp_path,
+                                                             monkeypatch):
     write_mat(tmp_path, "mat-coding", "test", [CODING], images=["a_proc.png"])
     monkeypatch.setattr(arft.mini, "ensure", lambda cache: tmp_path)
     code, out, _ = said_by(capsys, "--check-data", "--device", "cpu")
@@ -135,7 +144,8 @@ def test_a_flashrag_file_as_large_as_2wiki_is_checked(no_model, capsys, tmp_path
     file.parent.mkdir()
     file.write_text("".join(json.dumps({**QA, "id": f"dev_{i}"}) + "\n" for i in range(12_576)))
     code, out, _ = said_by(capsys, "--task", "2wiki", "--check-data", "--data", tmp_path)
-    assert code == 0 and "dev.jsonl: 12,576 samples (test)" in out and "train.jsonl: not there (train)" in out
+    assert (code == 0 and "dev.jsonl: 12,576 samples (test)" in out
+            and "train.jsonl: not there (train)" in out)
 
 
 def test_two_commands_at_once_are_bad_input(capsys, tmp_path):
@@ -147,19 +157,23 @@ def test_two_commands_at_once_are_bad_input(capsys, tmp_path):
     assert stop.value.code == 2 and "expected 2 arguments" in capsys.readouterr().err
 
 
-# --- bad rows on the command line ---------------------------------------------------------------------------------
+# --- bad rows on the command line -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split, rows, options, words", [
-    ("test", [CODING, {**CODING, "answers": []}], ["--eval-only"], ["MAT-Coding.json", "row 2", "'answers'"]),
-    ("train", [*steps(), {**steps()[0], "solution": "dark"}], [], ["rft_agent_code_1_2k.json", "row 4", "'solution'"]),
+    ("test", [CODING, {**CODING, "answers": []}], ["--eval-only"],
+     ["MAT-Coding.json", "row 2", "'answers'"]),
+    ("train", [*steps(), {**steps()[0], "solution": "dark"}], [],
+     ["rft_agent_code_1_2k.json", "row 4", "'solution'"]),
     ("train", [*steps(), {**steps()[0], "context": 3}], ["--protocol", "paper"],
      ["rft_agent_code_1_2k.json", "row 4", "'context'"])])
-def test_a_bad_row_of_mat_names_file_row_and_field(capsys, tmp_path, no_model, split, rows, options, words):
+def test_a_bad_row_of_mat_names_file_row_and_field(capsys, tmp_path, no_model, split, rows, options,
+                                                   words):
     write_mat(tmp_path / "MAT", "mat-coding", "test", [CODING], images=["a_proc.png"])
     write_mat(tmp_path / "MAT", "mat-coding", split, rows)
     out = tmp_path / "run"
-    code, _, err = said_by(capsys, "--model", ROOT / "data" / "tiny", "--data", tmp_path / "MAT", "--out", out, *options)
+    code, _, err = said_by(capsys, "--model", ROOT / "data" / "tiny", "--data", tmp_path / "MAT",
+                           "--out", out, *options)
     assert code == 2 and all(word in err for word in words) and err.count("\n") <= 2
     assert not out.exists()
 
@@ -167,7 +181,8 @@ def test_a_bad_row_of_mat_names_file_row_and_field(capsys, tmp_path, no_model, s
 def test_a_bad_row_of_flashrag_names_file_row_and_field(capsys, tmp_path, no_model):
     file = tmp_path / "dev.jsonl"
     file.write_text(json.dumps(QA) + "\n" + json.dumps({**QA, "golden_answers": None}) + "\n")
-    code, _, err = said_by(capsys, "--task", "musique", "--eval-only", "--model", ROOT / "data" / "tiny", "--data", file)
+    code, _, err = said_by(capsys, "--task", "musique", "--eval-only", "--model",
+                           ROOT / "data" / "tiny", "--data", file)
     assert code == 2 and all(word in err for word in ("dev.jsonl", "row 2", "'golden_answers'"))
 
 
@@ -175,18 +190,20 @@ def test_a_bad_row_of_flashrag_names_file_row_and_field(capsys, tmp_path, no_mod
     ({"id": 2, "gt": []}, "'gt'"), ({"id": 2, "gt": "x", "pred_answer": 5}, "'pred_answer'"),
     ({"id": 2, "gt": "x"}, "'pred_answer'")])
 @pytest.mark.parametrize("command", ["--score", "--compare"])
-def test_a_bad_row_of_predictions_names_file_row_and_field(capsys, tmp_path, no_model, command, row, field):
+def test_a_bad_row_of_predictions_names_file_row_and_field(capsys, tmp_path, no_model, command, row,
+                                                           field):
     file = tmp_path / "predictions.json"
     file.write_text(json.dumps([{"id": 1, "gt": "x", "pred_answer": None}, row]))
     code, _, err = said_by(capsys, command, *[file] * (2 if command == "--compare" else 1))
     assert code == 2 and all(word in err for word in ("predictions.json", "row 2", field))
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
 class Hub:
-    """Stands in for huggingface_hub.snapshot_download: makes the files it is asked for, or cannot be reached."""
+    """Stands in for huggingface_hub.snapshot_download: makes the files it is
+    asked for, or cannot be reached."""
 
     def __init__(self, folder: Path, reachable: bool):
         self.folder, self.reachable, self.asked = folder, reachable, []
@@ -212,7 +229,8 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("task, only_test, files", [
     ("2wiki", True, ["2wikimultihopqa/dev.jsonl"]), ("bamboogle", True, ["bamboogle/test.jsonl"]),
-    ("musique", False, ["musique/dev.jsonl", "musique/train.jsonl"]), ("bamboogle", False, ["bamboogle/test.jsonl"])])
+    ("musique", False, ["musique/dev.jsonl", "musique/train.jsonl"]),
+    ("bamboogle", False, ["bamboogle/test.jsonl"])])
 def test_only_the_files_of_the_task_are_fetched(hub, task, only_test, files):
     asked = hub(reachable=True)
     config = Config(task=task, eval_only=only_test, model=str(ROOT / "data" / "tiny"), device="cpu")
@@ -225,19 +243,25 @@ def test_only_the_files_of_the_task_are_fetched(hub, task, only_test, files):
 def test_check_data_fetches_the_test_file_alone(hub, capsys, no_model):
     asked = hub(reachable=True)
     code, out, _ = said_by(capsys, "--task", "hotpotqa", "--check-data")
-    assert code == 0 and "1 samples" in out and asked.asked == [(arft.HUB_QA, "dataset", ["hotpotqa/dev.jsonl"])]
+    assert code == 0 and "1 samples" in out and asked.asked == [(arft.HUB_QA, "dataset",
+                                                                 ["hotpotqa/dev.jsonl"])]
 
 
 @pytest.mark.parametrize("arguments, command", [
     (["--task", "2wiki", "--eval-only"],
-     "hf download RUC-NLPIR/FlashRAG_datasets 2wikimultihopqa/dev.jsonl --repo-type dataset --local-dir DIR"),
-    (["--task", "mat-search", "--eval-only"], "hf download laolao77/MAT --repo-type dataset --local-dir DIR")])
-def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys, no_model, monkeypatch, arguments,
+     "hf download RUC-NLPIR/FlashRAG_datasets 2wikimultihopqa/dev.jsonl --repo-type dataset "
+     "--local-dir DIR"),
+    (["--task", "mat-search", "--eval-only"],
+     "hf download laolao77/MAT --repo-type dataset --local-dir DIR")])
+def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys,
+        no_model, monkeypatch, arguments,
                                                                                command):
     hub(reachable=False)
-    monkeypatch.setattr(arft, "is_small", lambda model: False)      # for an embedded model, MAT-mini would be drawn
+    # for an embedded model, MAT-mini would be drawn
+    monkeypatch.setattr(arft, "is_small", lambda model: False)
     code, _, err = said_by(capsys, *arguments, "--model", ROOT / "data" / "tiny")
-    assert code == 2 and command in err and "--data DIR" in err and "OSError" in err and err.count("\n") == 2
+    assert (code == 2 and command in err and "--data DIR" in err and "OSError" in err
+            and err.count("\n") == 2)
 
 
 def test_a_file_that_the_hub_does_not_have_is_named(hub, monkeypatch, tmp_path):
@@ -247,7 +271,7 @@ def test_a_file_that_the_hub_does_not_have_is_named(hub, monkeypatch, tmp_path):
         arft.fetch(arft.HUB_QA, "dataset", ["musique/dev.jsonl"])
 
 
-# --- the words, the scorer, the protocols -------------------------------------------------------------------------
+# --- the words, the scorer, the protocols ---------------------------------------------------------
 
 
 def run(tmp_path, *arguments, name="run"):
@@ -256,7 +280,8 @@ def run(tmp_path, *arguments, name="run"):
     return code, out
 
 
-SHORT = ("--steps", 1, "--samples-per-step", 2, "--group-size", 2, "--eval-samples", 4, "--max-turns", 2)
+SHORT = ("--steps", 1, "--samples-per-step", 2, "--group-size", 2, "--eval-samples", 4,
+         "--max-turns", 2)
 
 
 @pytest.mark.parametrize("protocol", ["episodes", "paper"])
@@ -277,7 +302,8 @@ def test_the_users_words_reach_the_model_and_travel_with_it(tmp_path, protocol, 
 def test_a_file_of_words_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    for name, words in (("gone.txt", "cannot be read"), ("bytes.txt", "UTF-8"), ("empty.txt", "is empty")):
+    for name, words in (("gone.txt", "cannot be read"), ("bytes.txt", "UTF-8"),
+                        ("empty.txt", "is empty")):
         code, out = run(tmp_path, *SHORT, "--system-prompt", tmp_path / name)
         err = capsys.readouterr().err
         assert code == 2 and words in err and name in err and not out.exists()
@@ -287,21 +313,26 @@ def test_whose_words_are_used(tmp_path, policy):
     words = tmp_path / "words.txt"
     words.write_text("Hello.")
     own = policy.system_prompt
-    assert arft.choose_prompt(Config(), policy) == arft.choose_prompt(Config(task="mat-search"), policy) == own
+    assert arft.choose_prompt(Config(), policy) == arft.choose_prompt(Config(task="mat-search"),
+                                                                      policy) == own
     assert arft.choose_prompt(Config(system_prompt=str(words)), policy) == "Hello."
-    plain = type(policy)(policy.model, policy.tokenizer, policy.image_processor)        # a checkpoint without words
+    # a checkpoint without words
+    plain = type(policy)(policy.model, policy.tokenizer, policy.image_processor)
     assert arft.choose_prompt(Config(), plain) == arft.SYSTEM_PROMPT
     assert arft.choose_prompt(Config(task="mat-search"), plain) == SEARCH_PROMPT
 
 
-def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, samples, monkeypatch):
+def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, samples,
+                                                                        monkeypatch):
     sample = dataclasses.replace(*samples(("none",)), golds=("FOOD\\nDIRECTORY",))
     for scorer, other, right in (("official", "repaired", 0.0), ("repaired", "official", 1.0)):
         play(monkeypatch, policy, answer("FOOD DIRECTORY"))
         config = Config(scorer=scorer, max_new_tokens=96, eval_batch=100)
-        summary, rows = arft.evaluate(policy, [sample], None, config, 0.0, Clock(), "scripted", EPISODE)
+        summary, rows = arft.evaluate(policy, [sample], None, config, 0.0, Clock(), "scripted",
+                                      EPISODE)
         episodes = [row["episode"] for row in rows]
-        assert summary["em"] == right and summary[other]["em"] == 1 - right and scorer not in summary
+        assert (summary["em"] == right and summary[other]["em"] == 1 - right
+                and scorer not in summary)
         assert summary["by_problem"]["none"]["em"] == right
         assert arft.score(episodes, config)[0].answer == right
         text = report.table({"before": summary | {"sampled": summary}})
@@ -309,30 +340,39 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
         assert numbers(text, "before, greedy")[1] == 100 * right
 
 
-def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samples, tools, monkeypatch, tmp_path):
-    sample = dataclasses.replace(*samples(("none",)), question="Read the text in [0, 250, 500, 500].")
+def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samples, tools,
+                                                                    monkeypatch, tmp_path):
+    sample = dataclasses.replace(*samples(("none",)),
+                                 question="Read the text in [0, 250, 500, 500].")
     play(monkeypatch, policy, problem("crop"), CROP, answer("1"))
     episode, = attempt(policy, [sample], tools)
     config = Config(out=str(tmp_path / "run"))
-    kept = record.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0], None, True)
+    kept = record.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0],
+                                             None, True)
     assert "[28:56, 0:56]" in kept["turns"][1]["ran"] and "[3:9, 2:40]" in kept["turns"][1]["text"]
-    assert kept["turns"][0]["ran"] is None and (tmp_path / "run" / kept["turns"][1]["image"]).exists()
+    assert (kept["turns"][0]["ran"] is None
+            and (tmp_path / "run" / kept["turns"][1]["image"]).exists())
 
 
 def test_what_a_row_does_not_have_is_not_averaged(policy, samples, monkeypatch):
-    """Two rows, a problem and an answer, and every completion names the problem: all problems are right, no answer is."""
+    """Two rows, a problem and an answer, and every completion names the
+    problem: all problems are right, no answer is."""
     sample, = samples(("dark",))
     shared = {"id": "1", "question": "?", "image_path": sample.image_path}
-    rows = [mat.StepSample(**shared, golds=(), problems=("dark",), kind="problem", formats=("problem",)),
+    rows = [mat.StepSample(**shared, golds=(), problems=("dark",), kind="problem",
+                           formats=("problem",)),
             mat.StepSample(**shared, golds=("1",), kind="answer", formats=("answer",))]
     play(monkeypatch, policy, problem("dark"))
     episodes = attempt(policy, rows, group_size=2)
     rewards = arft.score(episodes, Config(protocol="paper"))
     totals = arft.torch.tensor([reward.total for reward in rewards])
-    metrics = record.step_metrics(1, {"episodes": episodes, "rewards": rewards, "totals": totals, "stats": {},
+    metrics = record.step_metrics(1,
+                                  {"episodes": episodes, "rewards": rewards, "totals": totals,
+                                   "stats": {},
                                     "clock": Clock(), "seconds": 1.0}, 2)
     assert totals.tolist() == [2, 2, 0, 0]
-    assert [metrics[name] for name in ("problem", "answer", "em", "accuracy", "format")] == [1, 0, 0, 0.5, 0.5]
+    assert [metrics[name] for name in ("problem", "answer", "em", "accuracy", "format")] == [1, 0,
+            0, 0.5, 0.5]
 
 
 def test_dr_grpo_divides_by_the_turns_that_the_protocol_has():
@@ -343,7 +383,8 @@ def test_dr_grpo_divides_by_the_turns_that_the_protocol_has():
 @published
 @pytest.mark.parametrize("protocol, training", [("episodes", 2), ("paper", 5)])
 def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training):
-    code, out = run(tmp_path, "--task", "mat-coding", "--steps", 2, "--data", MAT_SAMPLE, "--protocol", protocol,
+    code, out = run(tmp_path, "--task", "mat-coding", "--steps", 2, "--data", MAT_SAMPLE,
+                    "--protocol", protocol,
                     "--samples-per-step", 5, "--group-size", 4)
     assert code == 0 and f"4 held-out samples, {training} for training" in capsys.readouterr().out
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -354,14 +395,17 @@ def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training):
     for when in ("before", "after"):
         rows = json.loads((out / f"predictions-{when}.json").read_text())
         assert [row["id"] for row in rows] == [12, 22, 63, 119]
-    assert set(json.loads((out / "summary.json").read_text())["before"]) >= {"em", "repaired", "sampled"}
+    assert set(json.loads((out / "summary.json").read_text())["before"]) >= {"em", "repaired",
+            "sampled"}
     assert main(["--score", str(out / "predictions-after.json")]) == 0
 
 
 @published
 def test_one_step_on_the_published_search_row(tmp_path):
-    code, out = run(tmp_path, "--task", "mat-search", "--steps", 1, "--data", MAT_SAMPLE, "--protocol", "paper",
-                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep", "--tools", "off",
+    code, out = run(tmp_path, "--task", "mat-search", "--steps", 1, "--data", MAT_SAMPLE,
+                    "--protocol", "paper",
+                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep", "--tools",
+                    "off",
                     "--inner-epochs", 1, "--minibatches", 1)
     assert code == 0
     step = json.loads((out / "metrics.jsonl").read_text())

@@ -1,4 +1,5 @@
-"""The assignments: what a student gets, what the tests say to typical mistakes, and what does not deceive the grader."""
+"""The assignments: what a student gets, what the tests say to typical
+mistakes, and what does not deceive the grader."""
 
 import doctest
 import importlib
@@ -37,7 +38,8 @@ def run_tests(number: int, folder) -> str:
 @pytest.mark.filterwarnings("ignore:std")       # of one number, as a wrong version has it
 @pytest.mark.parametrize("number", NUMBERS)
 def test_typical_mistakes_are_named(number, monkeypatch, tmp_path):
-    """Each wrong version in the place of the right one: the tests fail with the words for that mistake."""
+    """Each wrong version in the place of the right one: the tests fail with
+    the words for that mistake."""
     wrong = [(file, name, changed(file, name, old, new), words)
              for task, file, name, old, new, words in CHANGES if task == number]
     wrong += [entry[1:] for entry in WHOLE if entry[0] == number]
@@ -68,27 +70,34 @@ def student(tmp_path_factory):
 
 def test_the_student_copy_fails_every_test_with_its_task(student):
     """One run over all tests of the copy; the full copy's own tests are part of this suite."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "--noconftest",
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line",
+               "--noconftest",
                "--junitxml", "report.xml", "tests/coursework"]
     subprocess.run(command, cwd=student, capture_output=True, timeout=300)
     cases = list(program.ElementTree.parse(student / "report.xml").iter("testcase"))
-    assert {case.get("classname") for case in cases} == {f"tests.coursework.test_task_{number:02d}" for number in NUMBERS}
+    assert {case.get("classname") for case in cases} == {f"tests.coursework.test_task_{number:02d}"
+                                                         for number in NUMBERS}
     for case in cases:
         number, failure = int(case.get("classname")[-2:]), case.find("failure")
-        assert failure is not None and f"NotImplementedError: task {number}: " in failure.get("message"), case.get("name")
+        assert failure is not None and f"NotImplementedError: task {number}: " in failure.get(
+            "message"), case.get("name")
 
 
 def test_nothing_but_bodies_is_taken_out(student):
-    """Line by line: what is gone stood inside a task's function, below its docstring; what came is the stub."""
+    """Line by line: what is gone stood inside a task's function, below its
+    docstring; what came is the stub."""
     files = program.stubs(TASKS)
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), *(ROOT / "tests").glob("test_*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"),
+                 *(ROOT / "tests").glob("test_*.py")]:
         name = str(path.relative_to(ROOT))
         if name in files:
-            ours, theirs = (program.ast.parse((root / name).read_text()) for root in (ROOT, student))
+            ours, theirs = (program.ast.parse((root / name).read_text())
+                            for root in (ROOT, student))
             for function in files[name]:
                 mine, other = program.find(ours, function), program.find(theirs, function)
                 assert program.ast.get_docstring(mine) == program.ast.get_docstring(other)
-                assert program.ast.dump(mine.args) == program.ast.dump(other.args) and len(other.body) == 2
+                assert (program.ast.dump(mine.args) == program.ast.dump(other.args)
+                        and len(other.body) == 2)
                 mine.body = other.body = []
             assert program.ast.dump(ours) == program.ast.dump(theirs), name
         elif name not in program.LEFT_OUT:
@@ -98,7 +107,8 @@ def test_nothing_but_bodies_is_taken_out(student):
 def test_answers_stay_with_the_teacher(student):
     for name in program.LEFT_OUT:
         assert not (student / name).exists(), name
-    assert not list(student.rglob("__pycache__")) and not (student / ".git").exists() and not (student / "runs").exists()
+    assert not list(student.rglob(
+        "__pycache__")) and not (student / ".git").exists() and not (student / "runs").exists()
     told = (student / "ASSIGNMENTS.md").read_text()
     for task in TASKS:
         assert task.test in told and task.question in told and (ROOT / task.test).exists()
@@ -110,15 +120,18 @@ def test_a_folder_that_exists_is_not_written_over(student):
 
 
 def test_the_size_of_the_tasks():
-    """Up to 15 statements for each, as the course promises, and an open question that asks for a number."""
+    """Up to 15 statements for each, as the course promises, and an open
+    question that asks for a number."""
     for task in TASKS:
         lines = 0
         for file, name in task.functions:
             function = program.find(program.ast.parse((ROOT / file).read_text()), name)
-            lines += len({statement.lineno for node in function.body[1:] for statement in program.ast.walk(node)
+            lines += len({statement.lineno for node in function.body[1:]
+                          for statement in program.ast.walk(node)
                           if isinstance(statement, program.ast.stmt)})
         assert 4 <= lines <= 15, (task.number, lines)
-        assert re.search("how many|which|what|share|smallest|number", task.question, re.IGNORECASE) and task.minutes <= 40
+        assert re.search("how many|which|what|share|smallest|number", task.question,
+                         re.IGNORECASE) and task.minutes <= 40
 
 
 def submission(folder, **texts):
@@ -139,13 +152,17 @@ def test_grades_of_right_and_stub(student, task_one, tmp_path, capsys):
     assert program.main(["grade", str(right), "--task", "1"]) == 0
     assert re.search(r"1 +tools.py:parse +7 of 7 +ok", capsys.readouterr().out)
     assert program.main(["grade", str(student), "--task", "1"]) == 1
-    assert re.search(r"1 +tools.py:parse +0 of 7 +NotImplementedError: task 1", capsys.readouterr().out)
+    assert re.search(r"1 +tools.py:parse +0 of 7 +NotImplementedError: task 1",
+                     capsys.readouterr().out)
 
 
 def test_a_tampered_tests_folder_helps_nobody(student):
-    """Tests that always pass, a conftest that turns failures round: neither is taken from the submission."""
-    (student / "tests" / "coursework" / "test_task_01.py").write_text("def test_an_answer():\n    pass\n")
-    (student / "conftest.py").write_text("def pytest_runtest_call(item):\n    item.obj = lambda: None\n")
+    """Tests that always pass, a conftest that turns failures round: neither
+    is taken from the submission."""
+    (student / "tests" / "coursework" / "test_task_01.py").write_text(
+        "def test_an_answer():\n    pass\n")
+    (student / "conftest.py").write_text(
+        "def pytest_runtest_call(item):\n    item.obj = lambda: None\n")
     grade = program.grade(student, TASKS[0])
     assert not grade.ok and grade.passed == 0 and "task 1" in grade.mistake
 
@@ -181,7 +198,8 @@ def test_no_test_at_all_is_a_failure(task_one, tmp_path, monkeypatch):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert program.grade(submission(tmp_path / "empty"), TASKS[0]).mistake == "the submission has no tools.py"
+    assert program.grade(submission(tmp_path / "empty"),
+                         TASKS[0]).mistake == "the submission has no tools.py"
 
 
 def test_a_function_without_specification_cannot_be_a_task():

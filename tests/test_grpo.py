@@ -10,14 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grpo
 from arft import Config, Trainer
 from grpo import LOSS_TYPES, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
-from pack import collate
+from extras.tree import collate
 from rollout import Limits, rollout
 
-# --- advantages --------------------------------------------------------------------------------------
+# --- advantages -----------------------------------------------------------------------------------
 
 
 def test_advantages_by_hand():
-    """Rewards 3, 1, 1, 3: mean 2, deviation sqrt(4 / 3) = 1.1547 (divided by n - 1), so +-1 / (1.1547 + 1e-4)."""
+    """Rewards 3, 1, 1, 3: mean 2, deviation sqrt(4 / 3) = 1.1547 (divided by
+    n - 1), so +-1 / (1.1547 + 1e-4)."""
     got = group_advantages(torch.tensor([3.0, 1.0, 1.0, 3.0], dtype=torch.float64), 4)
     one = 1 / (math.sqrt(4 / 3) + 1e-4)
     torch.testing.assert_close(got, torch.tensor([one, -one, -one, one], dtype=torch.float64))
@@ -27,30 +28,37 @@ def test_advantages_belong_to_their_own_group():
     """A group of high rewards must not look better than a group of low ones: each sums to zero."""
     rewards = torch.tensor([0.0, 1.0, 10.0, 11.0], dtype=torch.float64)
     got = group_advantages(rewards, 2)
-    assert got.view(2, 2).sum(dim=1).abs().max() < 1e-12, "your advantages are normalised over the batch"
+    assert got.view(2, 2).sum(dim=1).abs().max() < 1e-12, (
+        "your advantages are normalised over the batch")
     torch.testing.assert_close(got[:2], got[2:])
     by_batch = group_advantages(rewards, 2, "batch")
-    torch.testing.assert_close(by_batch, torch.tensor([-0.5, 0.5, -0.5, 0.5]).double() / (rewards.std() + 1e-4))
-    torch.testing.assert_close(group_advantages(rewards, 2, "none"), torch.tensor([-0.5, 0.5, -0.5, 0.5]).double())
+    torch.testing.assert_close(by_batch,
+                               torch.tensor([-0.5, 0.5, -0.5, 0.5]).double() / (rewards.std()
+            + 1e-4))
+    torch.testing.assert_close(group_advantages(rewards, 2, "none"),
+                               torch.tensor([-0.5, 0.5, -0.5, 0.5]).double())
 
 
 def test_a_flat_group_teaches_nothing():
-    assert group_advantages(torch.tensor([0.1] * 7), 7).tolist() == [0.0] * 7   # their float mean is not 0.1
+    # their float mean is not 0.1
+    assert group_advantages(torch.tensor([0.1] * 7), 7).tolist() == [0.0] * 7
 
 
 @pytest.mark.parametrize("rewards, size, message", [
-    ([1.0, 2.0], 1, "groups of 1"), ([1.0, 2.0, 3.0], 2, "3 rewards"), ([1.0, math.nan], 2, "finite"),
+    ([1.0, 2.0], 1, "groups of 1"), ([1.0, 2.0, 3.0], 2, "3 rewards"),
+    ([1.0, math.nan], 2, "finite"),
     ([1.0, math.inf], 2, "finite")])
 def test_rewards_that_make_no_groups(rewards, size, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(torch.tensor(rewards), size)
 
 
-# --- the loss against plain loops ------------------------------------------------------------------------
+# --- the loss against plain loops -----------------------------------------------------------------
 
 
 def slow_loss(logp, old, ref, A, mask, loss_type, low, high, beta, max_length):
-    """The same loss, one token at a time, from the definitions; no tensor operation is shared with grpo.py."""
+    """The same loss, one token at a time, from the definitions; no tensor
+    operation is shared with grpo.py."""
     B, T = mask.shape
     per_sequence, all_terms = [], []
     for i in range(B):
@@ -60,7 +68,8 @@ def slow_loss(logp, old, ref, A, mask, loss_type, low, high, beta, max_length):
         for t in tokens:
             rho = torch.exp(mean_log_ratio if loss_type == "gspo" else logp[i, t] - old[i, t])
             if loss_type == "cispo":
-                term = -(rho.detach() if rho < high else torch.tensor(high, dtype=torch.float64)) * A[i] * logp[i, t]
+                term = -(rho.detach() if rho < high
+                         else torch.tensor(high, dtype=torch.float64)) * A[i] * logp[i, t]
             else:
                 bounded = 1 - low if rho < 1 - low else 1 + high if rho > 1 + high else rho
                 one, other = rho * A[i], bounded * A[i]
@@ -81,18 +90,21 @@ def slow_loss(logp, old, ref, A, mask, loss_type, low, high, beta, max_length):
 @pytest.mark.parametrize("with_reference", [True, False])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_and_gradient_equal_the_slow_version(loss_type, with_reference):
-    """To 1e-12 in float64, with ratios on both sides of the clip range, ragged masks and one empty row."""
+    """To 1e-12 in float64, with ratios on both sides of the clip range,
+    ragged masks and one empty row."""
     g = torch.Generator().manual_seed(3)
     B, T = 5, 7
     logp = (-torch.rand(B, T, generator=g, dtype=torch.float64) * 3).requires_grad_()
     old = logp.detach() + 0.4 * torch.randn(B, T, generator=g, dtype=torch.float64)
     old[0] -= 0.6       # a whole sequence that became likelier, so that gspo clips, too
-    ref = logp.detach() + 0.5 * torch.randn(B, T, generator=g, dtype=torch.float64) if with_reference else None
+    ref = logp.detach() + 0.5 * torch.randn(B, T, generator=g,
+                                            dtype=torch.float64) if with_reference else None
     A = torch.tensor([0.9, -0.7, 0.2, -1.1, 1.0], dtype=torch.float64)
     mask = (torch.rand(B, T, generator=g) < 0.6).long()
     mask[4] = 0
     high = 1.2 if loss_type == "cispo" else 0.28
-    loss, stats = policy_loss(logp, old, ref, A, mask, loss_type=loss_type, clip_low=0.2, clip_high=high, beta=0.04,
+    loss, stats = policy_loss(logp, old, ref, A, mask, loss_type=loss_type, clip_low=0.2,
+                              clip_high=high, beta=0.04,
                               max_length=11)
     gradient, = torch.autograd.grad(loss, logp)
     expected = slow_loss(logp, old, ref, A, mask, loss_type, 0.2, high, 0.04, 11)
@@ -104,12 +116,14 @@ def test_loss_and_gradient_equal_the_slow_version(loss_type, with_reference):
 
 
 def test_at_the_first_step_the_loss_is_zero_and_its_gradient_is_not():
-    """Ratio 1: the group's advantages cancel in the loss, and the gradient is REINFORCE's, -A / (B T)."""
+    """Ratio 1: the group's advantages cancel in the loss, and the gradient
+    is REINFORCE's, -A / (B T)."""
     logp = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     A = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64), 4)
     loss, stats = policy_loss(logp, logp.detach(), logp.detach(), A, torch.ones(4, 3))
     loss.backward()
-    assert abs(loss.item()) < 1e-12 and stats["ratio"] == 1 and stats["clip_fraction"] == 0 and stats["kl"] == 0
+    assert (abs(loss.item()) < 1e-12 and stats["ratio"] == 1 and stats["clip_fraction"] == 0
+            and stats["kl"] == 0)
     torch.testing.assert_close(logp.grad, -A[:, None].expand(4, 3) / 12)
 
 
@@ -120,20 +134,23 @@ def test_at_the_first_step_the_loss_is_zero_and_its_gradient_is_not():
     (-1, +0.5, True)])      # bad and likelier than before: push it down
 def test_clipping_stops_the_gradient_where_it_should(advantage, log_ratio, moves):
     logp = torch.tensor([[-1.0]], requires_grad=True)
-    loss, stats = policy_loss(logp, logp.detach() - log_ratio, None, torch.tensor([float(advantage)]), torch.ones(1, 1))
+    loss, stats = policy_loss(logp, logp.detach() - log_ratio, None,
+                              torch.tensor([float(advantage)]), torch.ones(1, 1))
     loss.backward()
     assert (logp.grad.abs().item() > 0) == moves
     assert stats["clip_fraction"] == (0 if moves else 1)
 
 
 def test_k3_estimates_kl_of_policy_from_reference():
-    """Exact enumeration over five tokens: E_policy[k3] = KL(policy || reference), not the other way round."""
+    """Exact enumeration over five tokens: E_policy[k3] = KL(policy ||
+    reference), not the other way round."""
     policy = torch.log_softmax(torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64), 0)
     reference = torch.log_softmax(torch.tensor([0.0, 1.5, 1.0, 0.0, -1.0], dtype=torch.float64), 0)
     exact = (policy.exp() * (policy - reference)).sum()
     reverse = (reference.exp() * (reference - policy)).sum()
     k3 = torch.stack([torch.tensor(policy_loss(
-        policy[i].view(1, 1), policy[i].view(1, 1), reference[i].view(1, 1), torch.zeros(1).double(),
+        policy[i].view(1, 1), policy[i].view(1, 1), reference[i].view(1, 1),
+        torch.zeros(1).double(),
         torch.ones(1, 1))[1]["kl"]) for i in range(5)]).double()
     assert (k3 >= 0).all()
     assert abs((policy.exp() * k3).sum() - exact) < 1e-6
@@ -159,28 +176,34 @@ def test_unknown_names_are_refused():
         group_advantages(torch.ones(2), 2, "all")
 
 
-# --- whole updates on the embedded checkpoint ---------------------------------------------------------------
+# --- whole updates on the embedded checkpoint -----------------------------------------------------
 
 
 def options(**changes):
-    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=10 ** 6, update="rows", checkpointing="off",
-                temperature=1.0, loss_type="grpo", clip_low=0.2, clip_high=0.2, beta=0.04, max_sampled=480,
+    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=10 ** 6, update="rows",
+                checkpointing="off",
+                temperature=1.0, loss_type="grpo", clip_low=0.2, clip_high=0.2, beta=0.04,
+                max_sampled=480,
                 max_grad_norm=1e9)
     return SimpleNamespace(**base | changes)
 
 
 @pytest.fixture
 def episodes(fresh_policy, samples, tools):
-    return rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4, tools=tools,
+    return rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4,
+                   tools=tools,
                    limits=Limits(max_new_tokens=96), generator=torch.Generator().manual_seed(1))
 
 
 def gradients_of(policy, reference, episodes, advantages, config):
-    """The gradients that the optimiser is given, one for each of its steps (it changes nothing), and the statistics."""
+    """The gradients that the optimiser is given, one for each of its steps
+    (it changes nothing), and the statistics."""
     seen = []
-    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(), step=lambda: seen.append(
+    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(),
+                                step=lambda: seen.append(
         torch.cat([w.grad.flatten() for w in policy.model.parameters() if w.grad is not None])))
-    stats = update(policy, reference, episodes, advantages, optimizer, config, torch.Generator().manual_seed(0))
+    stats = update(policy, reference, episodes, advantages, optimizer, config,
+                   torch.Generator().manual_seed(0))
     return seen, stats
 
 
@@ -205,31 +228,38 @@ def test_micro_batches_change_nothing(fresh_policy, episodes, loss_type):
 @pytest.mark.parametrize("embeddings", ["trained", "frozen"])
 @pytest.mark.parametrize("vision", ["trained", "frozen"])
 def test_checkpointing_keeps_less_and_changes_nothing(fresh_policy, episodes, vision, embeddings):
-    """The same gradient, also where no input of the first layer needs one; and the layers are themselves again."""
+    """The same gradient, also where no input of the first layer needs one;
+    and the layers are themselves again."""
     model = fresh_policy.model.model
     model.visual.requires_grad_(vision == "trained")
     model.language_model.embed_tokens.requires_grad_(embeddings == "trained")
     A, kept, gradients = group_advantages(torch.arange(8.0), 4), [], []
     for on in ("off", "on"):
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            gradients.append(gradient_of(fresh_policy, None, episodes, A, options(checkpointing=on)))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t,
+                                                      lambda t: t):
+            gradients.append(gradient_of(fresh_policy, None, episodes, A,
+                                         options(checkpointing=on)))
         kept.append(sum(sizes))
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
     assert kept[1] < kept[0] / 3
-    assert not any("forward" in vars(layer) for layer in [*model.language_model.layers, *model.visual.blocks])
+    assert not any("forward" in vars(layer)
+                   for layer in [*model.language_model.layers, *model.visual.blocks])
 
 
 def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools, monkeypatch):
-    """Rollout, two passes of the update and the reference: one row of the tower's grid for each different image."""
+    """Rollout, two passes of the update and the reference: one row of the
+    tower's grid for each different image."""
     seen, visual = [], type(fresh_policy.model.model.visual)
     forward = visual.forward
     monkeypatch.setattr(visual, "forward", lambda self, patches, grid_thw, **k: (
         seen.append(len(grid_thw)), forward(self, patches, grid_thw=grid_thw, **k))[1])
     for vision in ("frozen", "trained"):
         seen.clear()
-        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, rollout_batch=128, max_new_tokens=96, lr=1e-3, vision=vision,
-                        inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows", checkpointing="off",
+        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, rollout_batch=128,
+                        max_new_tokens=96, lr=1e-3, vision=vision,
+                        inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows",
+                        checkpointing="off",
                         flat_groups="keep")
         trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), tools, config)
         done = trainer.learn(trainer.sample())
@@ -240,7 +270,8 @@ def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools
 
 
 def test_kept_features_change_nothing(fresh_policy, episodes):
-    """Not even where they were made in the inference mode of the rollout, or by the policy for its reference."""
+    """Not even where they were made in the inference mode of the rollout, or
+    by the policy for its reference."""
     fresh_policy.model.model.visual.requires_grad_(False)
     reference = reference_of(fresh_policy)
     with torch.no_grad():
@@ -256,8 +287,8 @@ def test_kept_features_change_nothing(fresh_policy, episodes):
 
 
 def test_minibatches_share_the_gradient_of_the_whole(fresh_policy, episodes):
-    """Each episode with its own advantage, each gradient from zero: while the policy stands still, their mean is the
-    gradient of all episodes at once."""
+    """Each episode with its own advantage, each gradient from zero: while the policy stands still,
+    their mean is the gradient of all episodes at once."""
     A = group_advantages(torch.tensor([3.0, 0, 1, 0, 0, 1, 0, 5]), 4)
     whole = gradient_of(fresh_policy, None, episodes, A, options())
     parts, _ = gradients_of(fresh_policy, None, episodes, A, options(minibatches=2, inner_epochs=2))
@@ -276,10 +307,13 @@ def test_a_long_gradient_is_scaled_down_and_recorded_as_it_was(fresh_policy, epi
 
 
 def test_the_update_scores_at_the_temperature_of_sampling(fresh_policy, samples, tools):
-    """At 0.6 as at 1: before the first step every ratio is 1 and the reference, the same model, agrees."""
+    """At 0.6 as at 1: before the first step every ratio is 1 and the
+    reference, the same model, agrees."""
     episodes = rollout(fresh_policy, samples(("dark",), ("noise",)), group_size=4, tools=tools,
-                       limits=Limits(temperature=0.6, max_new_tokens=48), generator=torch.Generator().manual_seed(1))
-    stats = {t: gradients_of(fresh_policy, reference_of(fresh_policy), episodes, group_advantages(torch.arange(8.0), 4),
+                       limits=Limits(temperature=0.6, max_new_tokens=48),
+                       generator=torch.Generator().manual_seed(1))
+    stats = {t: gradients_of(fresh_policy, reference_of(fresh_policy), episodes,
+                             group_advantages(torch.arange(8.0), 4),
                              options(temperature=t))[1] for t in (0.6, 1.0)}
     assert stats[0.6]["logp_error"] < 1e-4 and stats[0.6]["kl"] < 1e-6
     assert stats[1.0]["logp_error"] > 0.1, "this would prove nothing"
@@ -292,10 +326,12 @@ def test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone(fresh_po
 
     def run(epochs):
         optimizer = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
-        return update(fresh_policy, reference, episodes, A, optimizer, options(inner_epochs=epochs, minibatches=2),
+        return update(fresh_policy, reference, episodes, A, optimizer,
+                      options(inner_epochs=epochs, minibatches=2),
                       torch.Generator().manual_seed(0))
     stats = run(3)
-    assert stats["updates"] == 6 and stats["clip_fraction"] > 0 and stats["kl"] > 0 and abs(stats["ratio"] - 1) > 1e-4
+    assert (stats["updates"] == 6 and stats["clip_fraction"] > 0 and stats["kl"] > 0
+            and abs(stats["ratio"] - 1) > 1e-4)
     assert all(torch.equal(frozen[k], v) for k, v in reference.model.state_dict().items())
 
 
@@ -315,7 +351,8 @@ def test_training_makes_good_episodes_likelier(fresh_policy, episodes):
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(fresh_policy, episodes):
     weights = [w.clone() for w in fresh_policy.model.parameters()]
     optimizer = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
-    stats = update(fresh_policy, None, episodes, torch.full((8,), torch.nan), optimizer, options(), torch.Generator())
+    stats = update(fresh_policy, None, episodes, torch.full((8,), torch.nan), optimizer, options(),
+                   torch.Generator())
     assert stats["skipped_updates"] == 1 and stats["updates"] == 0
     assert all(torch.equal(a, b) for a, b in zip(weights, fresh_policy.model.parameters()))
 
@@ -328,25 +365,29 @@ def test_entropy_of_a_known_distribution(fresh_policy, episodes, monkeypatch):
     batch = collate(fresh_policy, episodes)
     _, entropy = episode_logp(fresh_policy, batch)
     expected = math.log(int((~fresh_policy.barred).sum()))
-    torch.testing.assert_close(entropy[batch.mask == 1], torch.full((int(batch.mask.sum()),), expected))
+    torch.testing.assert_close(entropy[batch.mask == 1],
+                               torch.full((int(batch.mask.sum()),), expected))
     assert (entropy[batch.mask == 0] == 0).all()
 
 
-# --- log-probs in chunks --------------------------------------------------------------------------------------
+# --- log-probs in chunks --------------------------------------------------------------------------
 
 
 def plain_logp(policy, hidden, ids, temperature):
     """All log-probs at once, kept for backward."""
     log_probs = policy.log_probs(hidden, temperature)                                    # [N, V]
     p = log_probs.exp().detach()
-    return log_probs.gather(1, ids[:, None])[:, 0], -torch.where(p > 0, p * log_probs.detach(), 0.0).sum(1)
+    return log_probs.gather(1, ids[:, None])[:,
+                                             0], -torch.where(p > 0, p * log_probs.detach(),
+                                                              0.0).sum(1)
 
 
 @pytest.fixture
 def hidden_and_ids(fresh_policy):
     """37 hidden states and an id after each: 37 = 7 chunks of 5 and one of 2."""
     g = torch.Generator().manual_seed(5)
-    hidden = torch.randn(37, fresh_policy.model.config.text_config.hidden_size, generator=g).requires_grad_()
+    hidden = torch.randn(37, fresh_policy.model.config.text_config.hidden_size,
+                         generator=g).requires_grad_()
     allowed = (~fresh_policy.barred).nonzero()[:, 0]
     return hidden, allowed[torch.randint(len(allowed), (37,), generator=g)]
 
@@ -360,7 +401,8 @@ def test_log_probs_in_chunks_are_those_at_once(fresh_policy, hidden_and_ids, mon
     for function in (plain_logp, sampled_logp):
         logp, entropy = function(fresh_policy, hidden, ids, 0.7)
         assert not entropy.requires_grad
-        results.append((logp, entropy, *torch.autograd.grad((logp * scale).sum(), (hidden, weight))))
+        results.append((logp, entropy,
+                        *torch.autograd.grad((logp * scale).sum(), (hidden, weight))))
     for plain, chunked in zip(*results):
         assert plain.shape == chunked.shape
         torch.testing.assert_close(plain, chunked, atol=1e-6, rtol=1e-6)
@@ -381,8 +423,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_probabilities_of_all_ids_never_exist_together(fresh_policy, hidden_and_ids, monkeypatch):
-    """Neither made in forward or backward, nor kept between the two; the plain version does both."""
+def test_the_probabilities_of_all_ids_never_exist_together(fresh_policy, hidden_and_ids,
+                                                           monkeypatch):
+    """Neither made in forward or backward, nor kept between the two; the
+    plain version does both."""
     D, V = fresh_policy.model.lm_head.weight.shape[1], len(fresh_policy.barred)
 
     def counts(tensor):     # [n, V], and not the vocabulary matrix itself

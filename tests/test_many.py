@@ -1,4 +1,5 @@
-"""Two processes (gloo, CPU) against one: loss, gradient, weights, checkpoints; and a rank that fails.
+"""Two processes (gloo, CPU) against one: loss, gradient, weights, checkpoints; and a rank that
+fails.
 
 The workers are this file, run as a script with torchrun's environment variables.
 """
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import grpo
-import many
+from extras import many
 from data import mini
 from data.mat import Sample
 from policy import LORA_TARGETS, PolicyError, load
@@ -28,12 +29,15 @@ from rollout import Limits, rollout
 
 WAYS = ("lora", "full")
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.3, -0.8, 0.7, -1.2, 0.9, -0.4])
-SPLITS = {"uneven": 3, "idle": 8}      # how many of the 8 episodes are rank 0's; "idle": rank 1 has none
+# how many of the 8 episodes are rank 0's; "idle": rank 1 has none
+SPLITS = {"uneven": 3, "idle": 8}
 
 
 def options(**changes):
-    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=700, update="rows", temperature=1.0, loss_type="grpo",
-                clip_low=0.2, clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1.0, checkpointing="off")
+    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=700, update="rows",
+                temperature=1.0, loss_type="grpo",
+                clip_low=0.2, clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1.0,
+                checkpointing="off")
     return SimpleNamespace(**base | changes)
 
 
@@ -53,34 +57,41 @@ def learner(way):
 
 
 def step(policy, reference, optimizer, episodes, advantages, config):
-    """One update. Returns its statistics and the gradient that reached the optimiser, whole, by name."""
+    """One update. Returns its statistics and the gradient that reached the
+    optimiser, whole, by name."""
     seen, true = {}, optimizer.step
 
     def record():
-        seen.update({name: many.norm_of(weight.grad).clone() for name, weight in policy.model.named_parameters()
+        seen.update({name: many.norm_of(weight.grad).clone() for name,
+                     weight in policy.model.named_parameters()
                      if weight.grad is not None})
         true()
     optimizer.step = record
-    stats = grpo.update(policy, reference, episodes, advantages, optimizer, config, torch.Generator().manual_seed(0))
+    stats = grpo.update(policy, reference, episodes, advantages, optimizer, config,
+                        torch.Generator().manual_seed(0))
     optimizer.step = true
     return stats, seen
 
 
 def weights_of(policy):
-    return {name: weight.detach().clone() for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().clone() for name,
+            weight in policy.model.named_parameters() if weight.requires_grad}
 
 
 def experiment(way, episodes, resumed, split=None):
     """One update by each loss and split, then a second one from a checkpoint of one process."""
-    cut = slice(None) if split is None else slice(0, split) if many.rank() == 0 else slice(split, None)
+    cut = slice(None) if split is None else slice(0, split) if many.rank() == 0 else slice(split,
+            None)
     policy, reference, optimizer = learner(way)
     out = {"names": sorted(weights_of(policy)),
            "first": step(policy, reference, optimizer, episodes[cut], ADVANTAGES[cut], options()),
-           "state": copy.deepcopy(many.state(policy.model, optimizer)), "weights": weights_of(policy)}
+           "state": copy.deepcopy(many.state(policy.model, optimizer)),
+           "weights": weights_of(policy)}
     if resumed is not None:
         policy, reference, optimizer = learner(way)
         many.load_state(policy.model, optimizer, resumed)
-    out["second"] = step(policy, reference, optimizer, episodes[cut], ADVANTAGES[cut], options(loss_type="dapo"))
+    out["second"] = step(policy, reference, optimizer, episodes[cut], ADVANTAGES[cut],
+                         options(loss_type="dapo"))
     return out
 
 
@@ -93,8 +104,10 @@ def work(folder):
         resumed = torch.load(folder / f"{way}.pt")
         for name, split in SPLITS.items():
             results[way, name] = experiment(way, episodes, resumed, split)
-    results["share"], results["gather"] = many.share(list("abcde")), many.gather(many.share(list("abcde")))
-    results["total"], results["largest"] = many.total(many.rank() + 1, 10), many.largest(many.rank(), -many.rank())
+    results["share"], results["gather"] = many.share(list("abcde")), many.gather(
+        many.share(list("abcde")))
+    results["total"], results["largest"] = many.total(many.rank() + 1,
+                                                      10), many.largest(many.rank(), -many.rank())
     torch.save(results, folder / f"rank-{many.rank()}")
 
 
@@ -114,14 +127,16 @@ def launch(*arguments, expect=0):
         port = str(free.getsockname()[1])
     processes = [subprocess.Popen(
         [sys.executable, *map(str, arguments)], stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                          "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}) for rank in range(2)]
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                          "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                 for rank in range(2)]
     said = [process.communicate(timeout=300)[1] for process in reversed(processes)][::-1]
     assert processes[0].returncode == expect or expect is None, "\n".join(said)
     return [process.returncode for process in processes], said
 
 
-# --- tests -----------------------------------------------------------------------------------------------------------
+# --- tests ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +146,14 @@ def both(tmp_path_factory):
     for i, problems in enumerate((("dark",), ("rotation90",))):
         drawn = mini.make_sample(problems, mini.texts("test"), np.random.default_rng(i))
         drawn["shown"].save(folder / f"{i}.png")
-        samples.append(Sample(str(i), drawn["question"], (drawn["answer"],), folder / f"{i}.png", problems, split="simple"))
+        samples.append(Sample(str(i), drawn["question"], (drawn["answer"],), folder / f"{i}.png",
+                              problems, split="simple"))
     policy = load(str(ROOT / "data" / "tiny"))
-    episodes = rollout(policy, samples, group_size=4, tools=None, limits=Limits(max_new_tokens=32, max_turns=2),
+    episodes = rollout(policy, samples, group_size=4, tools=None,
+                       limits=Limits(max_new_tokens=32, max_turns=2),
                        generator=torch.Generator().manual_seed(1))
-    episodes = [SimpleNamespace(ids=e.ids, mask=e.mask, logp=e.logp, images=e.images) for e in episodes]
+    episodes = [SimpleNamespace(ids=e.ids, mask=e.mask, logp=e.logp, images=e.images)
+                for e in episodes]
     one = {way: experiment(way, episodes, None) for way in WAYS}
     (folder / "episodes").write_bytes(pickle.dumps(episodes))
     for way in WAYS:
@@ -154,7 +172,8 @@ def assert_close(got, expected, tolerance=1e-5):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_have_the_loss_and_gradient_of_one(both, way, split, which):
-    """First: mean over sequences. Second: mean over tokens, after a checkpoint of one process was loaded by two."""
+    """First: mean over sequences. Second: mean over tokens, after a
+    checkpoint of one process was loaded by two."""
     one, *ranks = both
     stats, gradient = one[way][which]
     assert max(g.abs().max() for g in gradient.values()) > 1e-4
@@ -170,7 +189,8 @@ def test_weights_after_the_step_are_whole_and_equal(both, way):
     one, *ranks = both
     for rank in ranks:
         assert rank[way, "uneven"]["names"] == one[way]["names"]
-        # AdamW's first step is lr * sign(gradient): where that is all but zero, its sign is rounding
+        # AdamW's first step is lr * sign(gradient): where that is all but zero, its sign is
+        # rounding
         large = {name: gradient.abs() > 1e-6 for name, gradient in one[way]["first"][1].items()}
         for name, weight in one[way]["weights"].items():
             difference = (rank[way, "uneven"]["weights"][name] - weight).abs()[large[name]]
@@ -193,14 +213,17 @@ def test_what_is_shared_comes_together_again(both):
     _, *ranks = both
     assert [r["share"] for r in ranks] == [["a", "b"], ["c", "d", "e"]]
     for rank in ranks:
-        assert rank["gather"] == list("abcde") and rank["total"] == [3, 20] and rank["largest"] == [1, 0]
+        assert (rank["gather"] == list("abcde") and rank["total"] == [3, 20]
+                and rank["largest"] == [1, 0])
 
 
 def test_a_rank_that_fails_ends_with_its_message():
-    """torchrun ends the others as soon as one has ended; here rank 0 sees that its partner is gone."""
+    """torchrun ends the others as soon as one has ended; here rank 0 sees
+    that its partner is gone."""
     codes, said = launch(__file__, "fail", expect=None)
     assert codes[1] == 2 and codes[0] != 0
-    assert said[1].strip().endswith("arft.py: rank 1 of 2: the model folder is gone") and "Traceback" not in said[1]
+    assert (said[1].strip().endswith("arft.py: rank 1 of 2: the model folder is gone")
+            and "Traceback" not in said[1])
 
 
 if __name__ == "__main__":
@@ -209,7 +232,8 @@ if __name__ == "__main__":
 
 
 def test_a_checkpoint_of_one_process_has_names_for_several(fresh_policy):
-    """One AdamW step; its state by names, loaded into a fresh optimiser, is the same state. And masters go there and back."""
+    """One AdamW step; its state by names, loaded into a fresh optimiser, is the
+    same state. And masters go there and back."""
     def trained(policy):
         optimizer = torch.optim.AdamW(policy.model.lm_head.parameters(), lr=0.1, weight_decay=0.0)
         policy.model.requires_grad_(False)
@@ -220,12 +244,18 @@ def test_a_checkpoint_of_one_process_has_names_for_several(fresh_policy):
     name, = (name for name, w in fresh_policy.model.named_parameters() if w is weight)
     weight.grad = torch.randn_like(weight)
     optimizer.step()
-    saved = {"ranks": 1, "weights": {name: weight.detach().clone()}, "optimizer": optimizer.state_dict()}
+    saved = {"ranks": 1, "weights": {name: weight.detach().clone()},
+             "optimizer": optimizer.state_dict()}
     named = many.by_name(saved, [name], optimizer.param_groups[0])
-    assert named["optimizer"]["param_groups"][0]["params"] == [name] and named["optimizer"]["param_groups"][0]["lr"] == 0.1
+    assert (named["optimizer"]["param_groups"][0]["params"] == [name]
+            and named["optimizer"]["param_groups"][0]["lr"] == 0.1)
     moments = optimizer.state[weight]
-    assert all(torch.equal(named["optimizer"]["state"][name][key], moments[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    assert all(torch.equal(named["optimizer"]["state"][name][key], moments[key])
+               for key in ("step", "exp_avg", "exp_avg_sq"))
     masters = many.as_masters(named | {"ranks": 2}, [name])
     assert masters["steps"] == 1 and torch.equal(masters["means"][0], moments["exp_avg"])
-    back = many.by_name({"ranks": 1, "weights": {}, "optimizer": masters}, [name], optimizer.param_groups[0])
-    assert torch.equal(back["weights"][name], weight) and torch.equal(back["optimizer"]["state"][name]["step"], torch.tensor(1.0))
+    back = many.by_name({"ranks": 1, "weights": {}, "optimizer": masters}, [name],
+                        optimizer.param_groups[0])
+    assert torch.equal(back["weights"][name],
+                       weight) and torch.equal(back["optimizer"]["state"][name]["step"],
+                                               torch.tensor(1.0))

@@ -1,4 +1,5 @@
-"""data/mat.py: how files written by others become samples, and what happens when they are not as they should be."""
+"""data/mat.py: how files written by others become samples, and what
+happens when they are not as they should be."""
 import json
 import random
 import time
@@ -12,11 +13,13 @@ from data import mat
 from data.mat import DataError, Sample, check, join_report, load, read_image
 
 REAL = Path(__file__).parents[2] / "shared" / "mat-sample" / "MAT"
-real_files = pytest.mark.skipif(not REAL.exists(), reason="the published sample is not on this machine")
+real_files = pytest.mark.skipif(not REAL.exists(),
+                                reason="the published sample is not on this machine")
 
 CODING = {"id": 71, "question": "What year?", "answers": ["1999"], "ori_image_path": "a_ori.png",
           "processed_image_path": "a_proc.png", "type": ["rotation90", "dark"], "split": "hard"}
-SEARCH = {"id": 76, "question": "Who?", "answer": "Vermeer", "image_path": "1.jpg", "reference": "more fields"}
+SEARCH = {"id": 76, "question": "Who?", "answer": "Vermeer", "image_path": "1.jpg",
+          "reference": "more fields"}
 QA = {"id": "dev_0", "question": "Who?", "golden_answers": ["Ann", "Anne"], "metadata": {}}
 
 
@@ -25,13 +28,15 @@ def write_mat(folder: Path, task: str, split: str, rows, images=()) -> Path:
     file, home = mat.FILES[task][split]
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / home).mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding="utf-8")
+    (folder / file).write_text(rows if isinstance(rows, str) else json.dumps(rows),
+                               encoding="utf-8")
     for name in images:
         Image.new("RGB", (8, 6), "grey").save(folder / home / name, format="PNG")
     return folder
 
 
-def steps(image="a", question="What year?", problems="{'dark'}", answer="1999", code=True) -> list[dict]:
+def steps(image="a", question="What year?", problems="{'dark'}", answer="1999",
+          code=True) -> list[dict]:
     """The training rows of one question as published: the answer step names the clean image."""
     rows = [("pre_problem", "_proc.png", f"<problem> {problems} </problem>"),
             ("pre_code", "_proc.png", "<code>\n```python\npass\n```\n</code>"),
@@ -41,7 +46,7 @@ def steps(image="a", question="What year?", problems="{'dark'}", answer="1999", 
             for kind, ending, solution in rows if code or kind != "pre_code"]
 
 
-# --- the benchmarks ------------------------------------------------------------------------------------------------
+# --- the benchmarks -------------------------------------------------------------------------------
 
 
 def test_a_coding_row_becomes_a_sample(tmp_path):
@@ -61,12 +66,14 @@ def test_a_search_row_has_one_gold_and_its_split_by_place(tmp_path):
     write_mat(tmp_path, "mat-search", "test", [{**SEARCH, "id": 75}, SEARCH])
     first, second = load("mat-search", tmp_path, "test")
     assert (first.golds, first.problems, first.image_path.name) == (("Vermeer",), (), "1.jpg")
-    assert (first.split, second.split) == ("simple", "hard")        # by the id: the first 75 of 150 are simple
+    # by the id: the first 75 of 150 are simple
+    assert (first.split, second.split) == ("simple", "hard")
 
 
 def test_the_split_is_the_rows_own_word_before_its_place():
     assert mat.split_of("mat-coding", {"id": 200, "split": "simple"}, 199) == "simple"
-    assert [mat.split_of("mat-coding", {"id": i}, 0) for i in (1, 70, 71)] == ["simple", "simple", "hard"]
+    assert [mat.split_of("mat-coding", {"id": i}, 0) for i in (1, 70, 71)] == ["simple", "simple",
+            "hard"]
     assert [mat.split_of("mat-coding", {}, i) for i in (0, 69, 70)] == ["simple", "simple", "hard"]
 
 
@@ -74,8 +81,10 @@ def test_the_split_is_the_rows_own_word_before_its_place():
 def test_the_published_benchmark_rows():
     samples = load("mat-coding", REAL, "test")
     assert [(s.id, s.split, s.problems, s.image_path.name) for s in samples] == [
-        ("12", "simple", ("rotation180",), "rotation180_1_proc.png"), ("22", "simple", ("dark",), "dark_1_proc.png"),
-        ("63", "simple", ("none",), "none_2_proc.png"), ("119", "hard", ("crop",), "crop_8_ori.png")]
+        ("12", "simple", ("rotation180",), "rotation180_1_proc.png"),
+        ("22", "simple", ("dark",), "dark_1_proc.png"),
+        ("63", "simple", ("none",), "none_2_proc.png"),
+        ("119", "hard", ("crop",), "crop_8_ori.png")]
     assert samples[0].golds == ("1 Can (473ml)",)
     assert samples[0].open_image().size == (1500, 1500)
     search, = load("mat-search", REAL, "test")
@@ -84,24 +93,27 @@ def test_the_published_benchmark_rows():
     assert image.mode == "RGB" and image.size == (960, 1079)
 
 
-# --- training: steps are joined into samples -----------------------------------------------------------------------
+# --- training: steps are joined into samples ------------------------------------------------------
 
 
 def test_three_steps_become_one_sample(tmp_path):
     write_mat(tmp_path, "mat-coding", "train", steps())
     sample, = load("mat-coding", tmp_path, "train")
-    assert (sample.id, sample.question, sample.golds, sample.problems) == ("a", "What year?", ("1999",), ("dark",))
+    assert (sample.id, sample.question, sample.golds, sample.problems) == ("a", "What year?",
+            ("1999",), ("dark",))
     assert sample.split == "train"
     assert sample.image_path.name == "a_proc.png"       # though the answer step names a_ori.png
 
 
 def test_doubles_none_and_crops(tmp_path):
-    rows = (steps("b", problems="{'rotation90', 'dark'}") + steps("c", problems="{'none'}", code=False)
+    rows = (steps("b", problems="{'rotation90', 'dark'}")
+            + steps("c", problems="{'none'}", code=False)
             + steps("d", problems="{'crop'}"))
     write_mat(tmp_path, "mat-coding", "train", rows)
     double, none, crop = load("mat-coding", tmp_path, "train")
     assert double.problems == ("rotation90", "dark")
-    assert none.problems == ("none",) and none.image_path.name == "c_proc.png"      # joined without a code step
+    # joined without a code step
+    assert none.problems == ("none",) and none.image_path.name == "c_proc.png"
     assert crop.image_path.name == "d_ori.png"
 
 
@@ -128,13 +140,17 @@ def test_what_cannot_be_joined_is_left_out_and_named(tmp_path):
 
 def test_search_steps_join_with_their_queries(tmp_path):
     chain = "<query> Where is it? </query>"
-    rows = [{"image_path": "1.jpg", "problem": chain, "solution": "<search> painter of it </search>"},
-            {"image_path": "1.jpg", "problem": chain + "<search> painter of it </search><information> Vermeer",
+    rows = [{"image_path": "1.jpg", "problem": chain,
+             "solution": "<search> painter of it </search>"},
+            {"image_path": "1.jpg", "problem": chain
+             + "<search> painter of it </search><information> Vermeer",
              "solution": "<search> Vermeer museum </search>"},
-            {"image_path": "1.jpg", "problem": chain + " and so on", "solution": "<answer> Delft </answer>"}]
+            {"image_path": "1.jpg", "problem": chain + " and so on",
+             "solution": "<answer> Delft </answer>"}]
     write_mat(tmp_path, "mat-search", "train", rows)
     sample, = load("mat-search", tmp_path, "train")
-    assert sample.question == "Where is it?" and sample.golds == ("Delft",) and sample.problems == ()
+    assert (sample.question == "Where is it?" and sample.golds == ("Delft",)
+            and sample.problems == ())
     assert sample.queries == ("painter of it", "Vermeer museum")
 
 
@@ -147,14 +163,15 @@ def test_a_file_in_which_nothing_joins_is_an_error(tmp_path):
 @real_files
 def test_the_published_training_rows():
     rotated, clean = load("mat-coding", REAL, "train")
-    assert (rotated.id, rotated.problems, rotated.golds) == ("rotation180_1", ("rotation180",), ("1 Can (473mL)",))
+    assert (rotated.id, rotated.problems, rotated.golds) == ("rotation180_1", ("rotation180",),
+                                                             ("1 Can (473mL)",))
     assert (clean.id, clean.problems, clean.golds) == ("none_2", ("none",), ("Uncommon Valor",))
     report, = join_report("mat-coding", REAL)
     assert report == "2 samples joined from 5 steps (problem 2, code 1, answer 2); 0 incomplete"
     assert "23" in join_report("mat-search", REAL)[1]       # a lone search step, without an answer
 
 
-# --- text-only questions -------------------------------------------------------------------------------------------
+# --- text-only questions --------------------------------------------------------------------------
 
 
 def test_flashrag_rows_from_the_root_from_the_folder_and_from_the_file(tmp_path):
@@ -165,7 +182,8 @@ def test_flashrag_rows_from_the_root_from_the_folder_and_from_the_file(tmp_path)
     for path in (tmp_path, file.parent, file):
         first, second = load("2wiki", path, "test")
         assert first == Sample(id="dev_0", question="Who?", golds=("Ann", "Anne"), image_path=None)
-        assert second.question == "a\u2028b"        # JSON allows it; str.splitlines would break the line there
+        # JSON allows it; str.splitlines would break the line there
+        assert second.question == "a\u2028b"
     with pytest.raises(DataError, match="text only"):
         first.open_image()
 
@@ -174,13 +192,14 @@ def test_as_many_questions_as_2wiki_load_in_under_two_seconds(tmp_path):
     file = tmp_path / "dev.jsonl"
     with open(file, "w") as out:
         for i in range(12_576):
-            out.write(json.dumps({**QA, "id": f"dev_{i}", "metadata": {"context": ["word " * 40] * 5}}) + "\n")
+            out.write(json.dumps({**QA, "id": f"dev_{i}",
+                                  "metadata": {"context": ["word " * 40] * 5}}) + "\n")
     start = time.perf_counter()
     assert len(load("2wiki", file, "test")) == 12_576
     assert time.perf_counter() - start < 2
 
 
-# --- what is wrong is said in one or two lines, with file, row and field -------------------------------------------
+# --- what is wrong is said in one or two lines, with file, row and field --------------------------
 
 
 @pytest.mark.parametrize("change, words", [
@@ -202,14 +221,17 @@ def test_a_wrong_field_is_named(tmp_path, change, words):
 
 @pytest.mark.parametrize("name", ["id", "question", "answers", "type", "processed_image_path"])
 def test_a_missing_field_is_named(tmp_path, name):
-    write_mat(tmp_path, "mat-coding", "test", [CODING, {k: v for k, v in CODING.items() if k != name}, {}])
+    write_mat(tmp_path, "mat-coding", "test",
+              [CODING, {k: v for k, v in CODING.items() if k != name}, {}])
     with pytest.raises(DataError, match=rf"row 2: field '{name}' is missing.*and 1 more"):
         load("mat-coding", tmp_path, "test")
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[{", "line 1.*not JSON"), ('[\n{"id": 1},\n', "line 3.*not JSON"), ("", "at least one"), ("[]", "at least one"),
-    ('{"id": 1}', "list of at least one object"), ("[3]", "row 1.*object"), ('[{"id": 1}, null]', "row 2.*object")])
+    ("[{", "line 1.*not JSON"), ('[\n{"id": 1},\n', "line 3.*not JSON"), ("", "at least one"),
+    ("[]", "at least one"),
+    ('{"id": 1}', "list of at least one object"), ("[3]", "row 1.*object"),
+    ('[{"id": 1}, null]', "row 2.*object")])
 def test_a_wrong_file_is_named(tmp_path, text, words):
     write_mat(tmp_path, "mat-coding", "test", text)
     with pytest.raises(DataError, match="(?s)MAT-Coding.json.*" + words):
@@ -226,13 +248,16 @@ def test_bytes_that_are_no_text_and_byte_order_marks(tmp_path):
     (tmp_path / "dev.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read"):
         load("musique", tmp_path, "test")
-    (tmp_path / "dev.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(QA).encode())     # some editors add one
+    # some editors add one
+    (tmp_path / "dev.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(QA).encode())
     assert len(load("musique", tmp_path, "test")) == 1
 
 
 @pytest.mark.parametrize("task, split, words", [
-    ("mat-codding", "test", "unknown task 'mat-codding'.*mat-coding"), ("bamboogle", "train", "no split 'train'"),
-    ("mat-coding", "test", "MAT-Coding.json: no such file.*laolao77/MAT"), ("hotpotqa", "test", "FlashRAG")])
+    ("mat-codding", "test", "unknown task 'mat-codding'.*mat-coding"),
+    ("bamboogle", "train", "no split 'train'"),
+    ("mat-coding", "test", "MAT-Coding.json: no such file.*laolao77/MAT"),
+    ("hotpotqa", "test", "FlashRAG")])
 def test_what_is_not_there(tmp_path, task, split, words):
     with pytest.raises(DataError, match=words):
         load(task, tmp_path, split)
@@ -244,7 +269,7 @@ def test_a_training_row_without_a_tag(tmp_path):
         load("mat-coding", tmp_path, "train")
 
 
-# --- images --------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def test_an_image_is_turned_upright_by_its_exif_tag(tmp_path):
@@ -260,7 +285,8 @@ def test_transparency_becomes_white_whatever_the_name_says(tmp_path):
     image.putpixel((1, 0), (10, 20, 30, 255))
     image.save(tmp_path / "png_inside.jpg", format="PNG")
     image = read_image(tmp_path / "png_inside.jpg")
-    assert image.mode == "RGB" and [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
+    assert image.mode == "RGB" and [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255),
+            (10, 20, 30)]
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([9, 9, 9])
     palette.save(tmp_path / "palette.png", transparency=0)
@@ -279,7 +305,8 @@ def test_an_image_of_another_format_is_refused(tmp_path):
             read_image(tmp_path / "page.png")
 
 
-@pytest.mark.parametrize("size", [(9000, 8000), (14_000, 13_000)])     # above our limit; above Pillow's own
+# above our limit; above Pillow's own
+@pytest.mark.parametrize("size", [(9000, 8000), (14_000, 13_000)])
 def test_a_huge_image_is_refused_before_its_pixels_are_read(tmp_path, size):
     Image.new("1", size).save(tmp_path / "huge.png")
     with pytest.raises(DataError, match="huge.png.*pixels"):
@@ -313,11 +340,12 @@ def test_a_png_whose_parts_are_sound_but_that_holds_no_pixels(tmp_path):
     assert "empty.png: not a readable image" in mat.image_defect(tmp_path / "empty.png")
 
 
-# --- check: everything that is wrong, at once ----------------------------------------------------------------------
+# --- check: everything that is wrong, at once -----------------------------------------------------
 
 
 def test_check_counts_and_lists_every_defect(tmp_path):
-    rows = [CODING, {**CODING, "answers": ["FOOD\\nHALL"], "split": "simple"}, {**CODING, "id": 3, "answers": [" "]},
+    rows = [CODING, {**CODING, "answers": ["FOOD\\nHALL"], "split": "simple"},
+            {**CODING, "id": 3, "answers": [" "]},
             {**CODING, "id": 4, "processed_image_path": "gone.png"},
             {**CODING, "id": 5, "processed_image_path": "bad.png"},
             {**CODING, "id": 6, "type": ["sepia"], "question": ""}, {"id": 7}]
@@ -325,9 +353,11 @@ def test_check_counts_and_lists_every_defect(tmp_path):
     (tmp_path / "MAT-Benchmark/MAT-Coding-image/bad.png").write_bytes(b"no image")
     report, defects = check("mat-coding", tmp_path)
     assert any("MAT-Coding.json: 6 samples (test)" in line for line in report)
-    assert "  split: hard 5, simple 1" in report and "  problems: rotation90+dark 5, sepia 1" in report
+    assert ("  split: hard 5, simple 1" in report
+            and "  problems: rotation90+dark 5, sepia 1" in report)
     assert any("not there (train)" in line for line in report)
-    for words in ("row 7: field 'question' is missing", "id 71: occurs 2 times", "id 71: literal \\n in gold",
+    for words in ("row 7: field 'question' is missing", "id 71: occurs 2 times",
+                  "id 71: literal \\n in gold",
                   "id 3: empty gold", "gone.png: no such image", "bad.png: not a readable image",
                   "id 6: unknown problem 'sepia'", "id 6: empty question"):
         assert sum(words in line for line in defects) == 1, words
@@ -342,20 +372,25 @@ def test_check_finds_damage_inside_a_png_and_names_steps_that_do_not_join(tmp_pa
     image.write_bytes(data)
     report, defects = check("mat-coding", tmp_path)
     assert any("1 samples joined from 4 steps" in line for line in report)
-    assert len(defects) == 2 and "b (" in defects[0] and "a_proc.png: not a readable image" in defects[1]
+    assert (len(defects) == 2 and "b (" in defects[0]
+            and "a_proc.png: not a readable image" in defects[1])
 
 
 def test_latex_in_a_gold_is_no_line_break():
-    lines = ["FOOD\\nHALL", "size\\n3", "a\\nbar", "no\\nunits"]     # \nu is a Greek letter, \nunits is not
-    latex = ["\\neq", "x \\ne y", "\\nu_1", "\\nabla f", "\\not\\in", "\\notin", "\\newline", "real\nbreak", "\\rm{n}"]
+    # \nu is a Greek letter, \nunits is not
+    lines = ["FOOD\\nHALL", "size\\n3", "a\\nbar", "no\\nunits"]
+    latex = ["\\neq", "x \\ne y", "\\nu_1", "\\nabla f", "\\not\\in", "\\notin", "\\newline",
+             "real\nbreak", "\\rm{n}"]
     assert all(mat.LITERAL_NEWLINE.search(text) for text in lines)
     assert not any(mat.LITERAL_NEWLINE.search(text) for text in latex)
 
 
 def test_check_of_text_only_files_counts_one_file_once(tmp_path):
-    (tmp_path / "dev.jsonl").write_text(json.dumps(QA) + "\n" + json.dumps({**QA, "golden_answers": [""]}) + "\n")
+    (tmp_path / "dev.jsonl").write_text(json.dumps(QA) + "\n"
+                                        + json.dumps({**QA, "golden_answers": [""]}) + "\n")
     report, defects = check("2wiki", tmp_path / "dev.jsonl")
-    assert [line for line in report if "samples" in line] == [f"{tmp_path / 'dev.jsonl'}: 2 samples (test)"]
+    assert [line for line in report
+            if "samples" in line] == [f"{tmp_path / 'dev.jsonl'}: 2 samples (test)"]
     assert len(defects) == 2            # an id twice and an empty gold
 
 

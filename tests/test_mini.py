@@ -36,7 +36,8 @@ def test_counts_and_splits_follow_mat(folder):
     simple = {sample.problems for sample in test if sample.split == "simple"}
     assert simple == {(p,) for p in mini.SINGLES}
     assert {s.problems for s in test if s.split == "hard"} == {("crop",), *mini.DOUBLES}
-    assert {s.open_image().size for s in test if s.problems == ("crop",)} == {(224, 224)}, "shown: the whole board"
+    assert {s.open_image().size for s in test if s.problems == ("crop",
+            )} == {(224, 224)}, "shown: the whole board"
     assert set(mat.PROBLEMS) == {*mini.SINGLES, "crop"}
     train = mat.load("mat-coding", folder, "train")
     assert Counter(s.problems for s in train) == {**{(p,): 50 for p in (*mini.SINGLES, "crop")},
@@ -49,25 +50,30 @@ def test_the_checker_of_mat_finds_no_defect(folder):
 
 
 def test_training_rows_are_single_steps_with_the_gold_program(folder, sandbox):
-    """The stored gold program of a row, run in the sandbox on the row's image, restores the stored clean image."""
+    """The stored gold program of a row, run in the sandbox on the row's
+    image, restores the stored clean image."""
     home = folder / "MAT-Training"
     rows = json.loads((home / "rft_agent_code_1_2k.json").read_text())
-    assert Counter(row["type"] for row in rows) == {"pre_problem": 600, "pre_code": 550, "pre_answer": 600}
+    assert Counter(row["type"] for row in rows) == {"pre_problem": 600, "pre_code": 550,
+                                                    "pre_answer": 600}
     for row in [row for row in rows if row["type"] == "pre_code"][::97]:
         image = mat.read_image(home / "rft_agent_code_1_2k_images" / row["image_path"])
         done = sandbox.run(row["solution"].split("```python\n")[1].split("```")[0], image)
         assert done.error is None and done.image.size == (mini.SIDE, mini.SIDE)
 
 
-@pytest.mark.parametrize("problems", [*((p,) for p in mini.SINGLES if p not in ("none", "blur", "noise")),
+@pytest.mark.parametrize("problems",
+                         [*((p,) for p in mini.SINGLES if p not in ("none", "blur", "noise")),
                                       ("rotation90", "dark"), ("rotation180", "overexposure")])
 def test_every_wording_of_a_repair_restores_the_picture(problems, sandbox):
-    """Rotations and brightness can be undone almost exactly; blur and noise are judged by reading (data/tiny)."""
+    """Rotations and brightness can be undone almost exactly; blur and noise
+    are judged by reading (data/tiny)."""
     for seed in range(4):
         rng = np.random.default_rng(seed)
         sample = mini.make_sample(problems, mini.texts("test"), rng)
         done = sandbox.run(mini.program(problems, sample["box"], rng), sample["shown"])
-        assert distance(done.image, sample["clean"]) < 14 < distance(sample["shown"], sample["clean"])
+        assert distance(done.image, sample["clean"]) < 14 < distance(sample["shown"],
+                                                                     sample["clean"])
 
 
 def test_a_crop_cuts_out_the_asked_sign(sandbox):
@@ -89,7 +95,8 @@ def test_rotation90_is_undone_clockwise():
 def test_the_same_seed_draws_the_same_files(folder, tmp_path):
     again, other = mini.write(tmp_path / "again"), mini.write(tmp_path / "other", seed=1)
     name = "MAT-Benchmark/MAT-Coding-image/noise_3_proc.png"
-    assert (again / name).read_bytes() == (folder / name).read_bytes() != (other / name).read_bytes()
+    assert ((again / name).read_bytes()
+            == (folder / name).read_bytes() != (other / name).read_bytes())
 
 
 def test_a_half_drawn_folder_is_never_left(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""The list of mutants against the code: every bug can still be made, compiles, and names tests that exist.
+"""The list of mutants against the code: every bug can still be made, compiles, and names tests that
+exist.
 
 No mutant is run here; `python tests/mutants.py` does that.
 """
@@ -18,14 +19,16 @@ def test_the_bug_can_still_be_made_and_its_tests_exist(mutant):
     assert text != (ROOT / mutant.file).read_text()
     for test in mutant.tests:
         file, name = test.split("::")
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{test} is gone"
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(),
+                         re.MULTILINE), f"{test} is gone"
 
 
 def test_a_text_that_is_not_there_once_names_its_mutant(tmp_path):
     (tmp_path / "grpo.py").write_text("gain = 1\ngain = 1\n")
     for old, count in (("gain = 1", 2), ("loss", 0)):
         mutant = type(MUTANTS[0])("some_bug", "", "grpo.py", old, "", ())
-        with pytest.raises(MutantError, match=f"some_bug: its old text stands {count} times in grpo.py"):
+        with pytest.raises(MutantError,
+                           match=f"some_bug: its old text stands {count} times in grpo.py"):
             changed(mutant, tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""--plan: counts against the published numbers, memory against tensors that were counted one by one, the targets."""
+"""--plan: counts against the published numbers, memory against tensors
+that were counted one by one, the targets."""
 
 import dataclasses
 import json
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import arft
-import plan
+from extras import plan
 from arft import Config, main
 from conftest import ROOT
 from policy import LoRA
@@ -29,10 +30,11 @@ def planned(config):
     return shape, plan.phases(shape, config)
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
+# --- shapes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, total, kv", [        # weights as the hub's pages say; keys and values by hand, below
+# weights as the hub's pages say; keys and values by hand, below
+@pytest.mark.parametrize("name, total, kv", [
     (M3, 3_754_622_976, 2 * 36 * 2 * 128 * 2), (M7, 8_292_166_656, 2 * 28 * 4 * 128 * 2),
     ("Qwen/Qwen2.5-VL-32B-Instruct", 33_452_718_336, 2 * 64 * 8 * 128 * 2),
     ("Qwen/Qwen2.5-VL-72B-Instruct", 73_410_777_344, 2 * 80 * 8 * 128 * 2)])
@@ -51,13 +53,15 @@ def test_adapters_are_counted_as_they_are_made(fresh_policy):
 
 
 def test_the_planned_episode_by_hand():
-    """720 / 28 = 25.7: 26 x 26 = 676 image tokens of 4 patches; three turns of 256; a text reply and an image."""
+    """720 / 28 = 25.7: 26 x 26 = 676 image tokens of 4 patches; three turns
+    of 256; a text reply and an image."""
     episode = plan.lengths_of(plan.shapes_of(plan.model_config(M3), completed()), completed())
-    assert (episode.prompt, episode.sampled, episode.observed) == (260 + 676, 3 * 256, 24 + 24 + 676)
+    assert (episode.prompt, episode.sampled, episode.observed) == (260 + 676, 3 * 256,
+                                                                   24 + 24 + 676)
     assert (episode.images, episode.patches, episode.whole) == (2, 2704, 2428)
 
 
-# --- memory against tensors that were counted ------------------------------------------------------------------------
+# --- memory against tensors that were counted -----------------------------------------------------
 
 
 class Live(TorchDispatchMode):
@@ -87,11 +91,14 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture(params=[0, 8], ids=["full", "lora"])
 def small(request):
-    """A model in the proportions of 3B, small enough to run: (language model, its shapes, options)."""
+    """A model in the proportions of 3B, small enough to run: (language
+    model, its shapes, options)."""
     config = Qwen2_5_VLConfig(
-        text_config={"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 2, "num_attention_heads": 2,
+        text_config={"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 2,
+                     "num_attention_heads": 2,
                      "num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
-        vision_config={"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256},
+        vision_config={"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                       "out_hidden_size": 256},
         tie_word_embeddings=True)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
@@ -109,12 +116,14 @@ def small(request):
 
 def forward(model, width, tokens, cache=None):
     x = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=torch.is_grad_enabled())
-    return model(inputs_embeds=x, position_ids=torch.arange(tokens).expand(3, 1, -1), past_key_values=cache,
+    return model(inputs_embeds=x, position_ids=torch.arange(tokens).expand(3, 1, -1),
+                 past_key_values=cache,
                  use_cache=cache is not None).last_hidden_state
 
 
 def test_what_backward_keeps_of_a_block_is_what_the_plan_says(small):
-    """Saved tensors by storage, weights and their copies left out; the constant part falls out of the difference of two lengths."""
+    """Saved tensors by storage, weights and their copies left out; the constant
+    part falls out of the difference of two lengths."""
     model, shape, options = small
     weights = {w.untyped_storage()._cdata for w in model.parameters()}
 
@@ -146,7 +155,7 @@ def test_what_a_forward_pass_takes_is_what_the_plan_says(small):
     assert plan.forward_width(shape, options) == pytest.approx(measured, rel=0.2)
 
 
-# --- the targets -----------------------------------------------------------------------------------------------------
+# --- the targets ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, changes, limit", [
@@ -160,11 +169,13 @@ def test_the_targets_hold(name, changes, limit):
 
 
 def test_full_training_of_3b_by_hand():
-    """bf16 weights 2 bytes, master 4, moments 8, gradient 2 (not for the frozen tower), reference 2."""
+    """bf16 weights 2 bytes, master 4, moments 8, gradient 2 (not for the
+    frozen tower), reference 2."""
     shape, table = planned(completed(lora_rank=0))
     trained = 3_754_622_976 - 668_684_288
     assert table["update"]["weights"] == table["update"]["reference"] == 2 * 3_754_622_976
-    assert (table["update"]["master weights"], table["update"]["moments"], table["update"]["gradients"]) == (
+    assert (table["update"]["master weights"], table["update"]["moments"],
+            table["update"]["gradients"]) == (
         4 * trained, 8 * trained, 2 * trained)
     _, without = planned(completed(lora_rank=0, beta=0.0))
     assert without["update"]["reference"] == 0
@@ -181,15 +192,17 @@ def test_the_rollout_batch_is_what_fits():
     assert sum(table["rollout"].values()) < 24e9
 
 
-# --- what is printed -------------------------------------------------------------------------------------------------
+# --- what is printed ------------------------------------------------------------------------------
 
 
 def test_plan_prints_peak_and_seconds_and_reads_no_weights(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(arft, "load", None)
     monkeypatch.chdir(tmp_path)
-    assert main(["--task", "mat-coding", "--model", M7, "--plan", "--plan-device", "RTX4090", "--lora-rank", "0"]) == 0
+    assert main(["--task", "mat-coding", "--model", M7, "--plan", "--plan-device", "RTX4090",
+                 "--lora-rank", "0"]) == 0
     said = capsys.readouterr().out
-    for word in ("8,292,166,656 weights", "keys and values", "master weights", "activations", "peak:", "s a step on one RTX4090",
+    for word in ("8,292,166,656 weights", "keys and values", "master weights", "activations",
+                 "peak:", "s a step on one RTX4090",
                  "This does not fit. In the", "--lora-rank 16", "saves"):
         assert word in said, word
     assert list(tmp_path.iterdir()) == []
@@ -199,14 +212,15 @@ def test_plan_prints_peak_and_seconds_and_reads_no_weights(capsys, monkeypatch, 
 
 def test_faster_devices_and_less_work_take_less_time():
     shape, _ = planned(completed())
-    h200, card = (sum(plan.seconds(shape, completed(rollout_batch=32), name).values()) for name in ("H200", "RTX4090"))
+    h200, card = (sum(plan.seconds(shape, completed(rollout_batch=32), name).values())
+                  for name in ("H200", "RTX4090"))
     assert h200 < card / 2
     one, two = (plan.seconds(shape, completed(inner_epochs=n), "H200")["update"] for n in (1, 2))
     assert one < two <= 2 * one
     assert plan.seconds(shape, completed(beta=0.0), "H200")["reference"] == 0
 
 
-# --- out of memory ---------------------------------------------------------------------------------------------------
+# --- out of memory --------------------------------------------------------------------------------
 
 
 def test_out_of_memory_ends_with_what_to_lower(tmp_path, monkeypatch, capsys):
@@ -215,17 +229,22 @@ def test_out_of_memory_ends_with_what_to_lower(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(arft.grpo, "update", update)
     true = plan.model_config
-    monkeypatch.setattr(plan, "model_config", lambda name: true(M3))     # the small model, planned as if it were 3B
-    code = main(["--steps", "1", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "2", "--max-turns", "2",
-                 "--flat-groups", "keep", "--micro-batch-tokens", "8192", "--out", str(tmp_path / "run")])
+    # the small model, planned as if it were 3B
+    monkeypatch.setattr(plan, "model_config", lambda name: true(M3))
+    code = main(["--steps", "1", "--samples-per-step", "2", "--group-size", "4", "--eval-samples",
+                 "2", "--max-turns", "2",
+                 "--flat-groups", "keep", "--micro-batch-tokens", "8192", "--out",
+                 str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert code == 1 and "the GPU's memory is full (update)" in said and "Traceback" not in said
-    config = Config(**{k: v for k, v in json.loads((tmp_path / "run" / "config.json").read_text()).items()
+    config = Config(**{k: v for k,
+                       v in json.loads((tmp_path / "run" / "config.json").read_text()).items()
                        if k in Config.__dataclass_fields__})
     less = dataclasses.replace(config, micro_batch_tokens=config.micro_batch_tokens // 2)
     (shape, now), (_, then) = planned_raw(config), planned_raw(less)
     saved = sum(now["update"].values()) - sum(then["update"].values())
-    assert f"--micro-batch-tokens {less.micro_batch_tokens}" in said and f"saves {saved / 1e9:.1f} GB" in said
+    assert (f"--micro-batch-tokens {less.micro_batch_tokens}" in said
+            and f"saves {saved / 1e9:.1f} GB" in said)
 
 
 def planned_raw(config):
@@ -236,7 +255,8 @@ def planned_raw(config):
 def test_the_cures_belong_to_the_phase():
     config = completed(lora_rank=0)
     shape, _ = planned(config)
-    rollout, update = ("\n".join(plan.cures(shape, config, phase)) for phase in ("rollout", "update"))
+    rollout, update = ("\n".join(plan.cures(shape, config, phase))
+                       for phase in ("rollout", "update"))
     assert "--rollout-batch 64" in rollout and "--micro-batch-tokens" not in rollout
     assert "--rollout-batch" not in update and "--lora-rank 16" in update and "--beta 0" in update
     savings = [float(line.split()[-2]) for line in update.splitlines()]

@@ -1,8 +1,10 @@
-"""The published checkpoints' format: prompts, pixels, positions and logits equal transformers' own Qwen2.5-VL processing.
+"""The published checkpoints' format: prompts, pixels, positions and logits equal transformers' own
+Qwen2.5-VL processing.
 
-A folder is written as the hub has them (flat config.json, `min_pixels` and `max_pixels`, two temporal patches, windowed
-vision attention, old tensor names, several weight files, an untied vocabulary matrix), small and with random weights,
-and read by `policy.load`. Then everything is compared with `Qwen2_5_VLProcessor` and the model's own forward.
+A folder is written as the hub has them (flat config.json, `min_pixels` and `max_pixels`, two
+temporal patches, windowed vision attention, old tensor names, several weight files, an untied
+vocabulary matrix), small and with random weights, and read by `policy.load`. Then everything is
+compared with `Qwen2_5_VLProcessor` and the model's own forward.
 """
 
 import json
@@ -21,7 +23,8 @@ from policy import PolicyError, load
 TINY = ROOT / "data" / "tiny"
 SAMPLE = ROOT.parent / "shared" / "mat-sample"
 
-# Qwen2.5-VL's chat format: a system message of its own unless the conversation brings one, parts in their order.
+# Qwen2.5-VL's chat format: a system message of its own unless the conversation brings one, parts in
+# their order.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if loop.first and message.role != 'system' -%}
@@ -40,39 +43,56 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
 # How Qwen's tokenizer cuts text before it merges bytes; the vocabulary below is data/tiny's.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+         r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 CONFIG = {      # the flat layout of the published files, made small
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "float32",
-    "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 2, "max_window_layers": 70, "sliding_window": 32768, "use_sliding_window": False, "vocab_size": 736,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    "tie_word_embeddings": False, "bos_token_id": 705, "eos_token_id": 707, "attention_dropout": 0.0,
-    "vision_start_token_id": 714, "vision_end_token_id": 715, "vision_token_id": 716, "image_token_id": 717,
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+    "torch_dtype": "float32",
+    "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2, "max_window_layers": 70, "sliding_window": 32768,
+    "use_sliding_window": False, "vocab_size": 736,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "tie_word_embeddings": False, "bos_token_id": 705, "eos_token_id": 707,
+    "attention_dropout": 0.0,
+    "vision_start_token_id": 714, "vision_end_token_id": 715, "vision_token_id": 716,
+    "image_token_id": 717,
     "video_token_id": 718, "max_position_embeddings": 128000, "initializer_range": 0.02,
     "vision_config": {
-        "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_chans": 3,
-        "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
+        "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48,
+        "num_heads": 2, "in_chans": 3,
+        "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112,
         "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2}}
 
 PROCESSOR = {
-    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 
-# width x height: small, middling, tall, wide, odd, exactly on the grid, below the least pixels, a strip
-SIZES = [(112, 112), (640, 480), (720, 1280), (1500, 300), (333, 517), (28, 28), (10, 7), (1990, 10)]
+# width x height: small, middling, tall, wide, odd, exactly on the grid, below the least pixels, a
+# strip
+SIZES = [(112, 112), (640, 480), (720, 1280), (1500, 300), (333, 517), (28, 28), (10, 7),
+         (1990, 10)]
 
 
 def photograph(width, height, seed=0):
-    """Smooth colours, an edge and some noise: a resized one differs from a wrongly resized one everywhere."""
+    """Smooth colours, an edge and some noise: a resized one differs from a
+    wrongly resized one everywhere."""
     rng, y, x = np.random.default_rng(seed), *np.mgrid[0:height, 0:width]
-    waves = [np.sin(x / (9 + 5 * c) + seed) + np.cos(y / (23 + 3 * c)) + (x * height > y * width) for c in range(3)]
-    return Image.fromarray(np.uint8(np.clip(np.stack(waves, 2) * 60 + 90 + rng.normal(0, 8, (height, width, 1)), 0, 255)))
+    waves = [np.sin(x / (9 + 5 * c) + seed) + np.cos(y / (23 + 3 * c)) + (x * height > y * width)
+             for c in range(3)]
+    return Image.fromarray(np.uint8(np.clip(np.stack(waves, 2) * 60 + 90
+                                            + rng.normal(0, 8, (height, width, 1)), 0, 255)))
 
 
 def old_name(name: str) -> str:
-    """A tensor's name in the published files: before the model had a `language_model` of its own."""
+    """A tensor's name in the published files: before the model had a
+    `language_model` of its own."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
@@ -89,22 +109,27 @@ def write_published(folder, tied=False, processor=PROCESSOR):
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     torch.manual_seed(0)
     config = Qwen2_5_VLForConditionalGeneration.config_class.from_pretrained(folder)
-    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
-    for weight in model.parameters():       # the usual 0.02 would leave attention flat and every error small
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config,
+                                                            attn_implementation="sdpa").eval()
+    # the usual 0.02 would leave attention flat and every error small
+    for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.2)
     weights = {old_name(name): weight.clone() for name, weight in model.state_dict().items()
                if not (tied and name == "lm_head.weight")}
     files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     for file in set(files.values()):
-        save_file({name: weights[name] for name in weights if files[name] == file}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        save_file({name: weights[name] for name in weights if files[name] == file}, folder / file,
+                  metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {},
+                                                                     "weight_map": files}))
     return model
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """(our policy, the model that was written, transformers' processor) of one published-like folder."""
+    """(our policy, the model that was written, transformers' processor) of
+    one published-like folder."""
     folder = tmp_path_factory.mktemp("hub") / "model"
     model = write_published(folder)
     ours = load(str(folder))
@@ -120,10 +145,13 @@ def their_processor(ours):
 
 
 def template_text(ours, turns):
-    """The chat template's text of alternating user (text, number of images) and assistant messages."""
+    """The chat template's text of alternating user (text, number of images)
+    and assistant messages."""
     messages = [{"role": "system", "content": ours.system_prompt}]
     for role, text, images in turns:
-        messages.append({"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]})
+        messages.append({"role": role,
+                         "content": [{"type": "image"}] * images
+                         + [{"type": "text", "text": text}]})
     return ours.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -134,19 +162,21 @@ def assert_equal_processing(published, photographs):
     images = [ours.image_input(photo) for photo in photographs]
     ids = ours.prompt_ids("What is on the sign?", images[:1])
     for image in images[1:]:
-        ids += [*ours.text_ids("<think>I turn it.</think>"), ours.im_end, *ours.observation_ids("The image.", [image])]
+        ids += [*ours.text_ids("<think>I turn it.</think>"), ours.im_end,
+                *ours.observation_ids("The image.", [image])]
         turns += [("assistant", "<think>I turn it.</think>", 0), ("user", "The image.", 1)]
     theirs = processor(text=[template_text(ours, turns)], images=photographs, return_tensors="pt")
     assert ids == theirs["input_ids"][0].tolist()
     assert torch.equal(torch.cat([image.patches for image in images]), theirs["pixel_values"])
     assert [list(image.grid) for image in images] == theirs["image_grid_thw"].tolist()
     positions, _ = ours.model.model.get_rope_index(
-        theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"], image_grid_thw=theirs["image_grid_thw"])
+        theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"],
+        image_grid_thw=theirs["image_grid_thw"])
     assert torch.equal(ours.positions(ids, images), positions[:, 0])
     return ids, images, theirs
 
 
-# --- prompts, pixels, positions -------------------------------------------------------------------------------
+# --- prompts, pixels, positions -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -157,17 +187,23 @@ def test_one_photograph(published, size):
 
 
 def test_several_photographs_in_one_conversation(published):
-    assert_equal_processing(published, [photograph(*size, seed=i) for i, size in enumerate(SIZES[:5])])
+    assert_equal_processing(published,
+                            [photograph(*size, seed=i) for i, size in enumerate(SIZES[:5])])
 
 
 def test_limits_on_pixels_come_from_the_folder(published, tmp_path):
-    """An edited preprocessor_config.json is obeyed: between 200,704 (256 tokens) and 1,003,520 pixels (1280 tokens)."""
+    """An edited preprocessor_config.json is obeyed: between 200,704 (256
+    tokens) and 1,003,520 pixels (1280 tokens)."""
     size = published[0].image_processor.size
-    assert (size["shortest_edge"], size["longest_edge"]) == (3136, 12845056), "published limits were not read"
-    write_published(tmp_path / "model", processor=PROCESSOR | {"min_pixels": 200704, "max_pixels": 1003520})
+    assert (size["shortest_edge"], size["longest_edge"]) == (3136,
+                                                             12845056), "published limits were not read"
+    write_published(tmp_path / "model",
+                    processor=PROCESSOR | {"min_pixels": 200704, "max_pixels": 1003520})
     ours = load(str(tmp_path / "model"))
-    for size, least, most in [((56, 84), 256, 300), ((3000, 2000), 1200, 1280), ((800, 600), 600, 620)]:
-        _, images, _ = assert_equal_processing((ours, None, their_processor(ours)), [photograph(*size)])
+    for size, least, most in [((56, 84), 256, 300), ((3000, 2000), 1200, 1280),
+                              ((800, 600), 600, 620)]:
+        _, images, _ = assert_equal_processing((ours, None, their_processor(ours)),
+                                               [photograph(*size)])
         assert least <= ours.image_tokens(images[0]) <= most
     again = tmp_path / "again"
     ours.save(again)
@@ -186,42 +222,53 @@ def test_mats_own_photographs(published):
 
 @pytest.mark.parametrize("text", ["Read it.", "\n\nRead it.", " \n Read it.\n", "  two blanks", ""])
 def test_one_message_of_any_text_with_and_without_an_image(published, text):
-    """paper.py's prompt, behind the template's own system message; line breaks at its beginning join that of the role."""
+    """paper.py's prompt, behind the template's own system message; line breaks
+    at its beginning join that of the role."""
     ours, _, processor = published
     photo = photograph(90, 60)
     for photos in ([], [photo]):
-        message = {"role": "user", "content": [{"type": "image"}] * len(photos) + [{"type": "text", "text": "TEXT"}]}
-        rendered = ours.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        message = {"role": "user",
+                   "content": [{"type": "image"}] * len(photos)
+                   + [{"type": "text", "text": "TEXT"}]}
+        rendered = ours.tokenizer.apply_chat_template([message], tokenize=False,
+                                                      add_generation_prompt=True)
         assert "You are a helpful assistant." in rendered
         rendered = rendered.replace("TEXT", text)
-        theirs = processor(text=[rendered], images=photos or None, return_tensors="pt")["input_ids"][0].tolist()
+        theirs = processor(text=[rendered], images=photos or None,
+                           return_tensors="pt")["input_ids"][0].tolist()
         got = ours.single_message_ids(text, [ours.image_input(p) for p in photos])
         assert got == theirs
 
 
-# --- the model ------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def test_logits_of_the_published_layout(published):
-    """Two temporal patches, windows in the vision tower, fewer key heads than query heads, an untied vocabulary matrix."""
+    """Two temporal patches, windows in the vision tower, fewer key heads than
+    query heads, an untied vocabulary matrix."""
     ours, model, _ = published
-    ids, images, theirs = assert_equal_processing(published, [photograph(200, 140), photograph(60, 230, seed=1)])
+    ids, images, theirs = assert_equal_processing(published,
+                                                  [photograph(200, 140), photograph(60, 230,
+            seed=1)])
     tokens = torch.tensor([ids])
     with torch.no_grad():
         expected = model(**theirs).logits[0]
-        hidden = ours.hidden(tokens, ours.positions(ids, images)[:, None], torch.ones_like(tokens), ours.features(images))
+        hidden = ours.hidden(tokens, ours.positions(ids, images)[:, None], torch.ones_like(tokens),
+                             ours.features(images))
         torch.testing.assert_close(ours.model.lm_head(hidden[0]), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 0.5, "flat logits would agree whatever was computed"
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_published_folder_is_read_and_written_without_loss(tmp_path, tied):
-    """7B has a vocabulary matrix of its own, 3B shares that of the embedding; saved again, both stay what they were."""
+    """7B has a vocabulary matrix of its own, 3B shares that of the embedding;
+    saved again, both stay what they were."""
     model = write_published(tmp_path / "model", tied)
     ours = load(str(tmp_path / "model"))
     ours.save(tmp_path / "again")
     again = load(str(tmp_path / "again"))
-    shared = [p.model.lm_head.weight is p.model.get_input_embeddings().weight for p in (ours, again)]
+    shared = [p.model.lm_head.weight is p.model.get_input_embeddings().weight
+              for p in (ours, again)]
     assert shared == [tied, tied]
     for name, weight in model.state_dict().items():
         assert torch.equal(ours.model.state_dict()[name], weight), name
@@ -232,14 +279,19 @@ def test_a_published_folder_is_read_and_written_without_loss(tmp_path, tied):
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "qwen2", "llava"])
 def test_another_architecture_is_refused_by_its_name(tmp_path, kind):
     """Before any weight is read: the folder needs none."""
-    config = {"model_type": kind} if kind in ("qwen3_vl", "llava") else CONFIG | {"model_type": kind}
+    config = ({"model_type": kind} if kind in ("qwen3_vl", "llava")
+              else CONFIG | {"model_type": kind})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PolicyError, match=f"is a {kind} model; this program is written for qwen2_5_vl"):
+    with pytest.raises(PolicyError,
+                       match=f"is a {kind} model; this program is written for qwen2_5_vl"):
         load(str(tmp_path))
 
 
 def test_sliding_windows_are_refused(tmp_path):
-    """The published checkpoints name a window and switch it off; one that switches it on would need other masks."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"use_sliding_window": True, "max_window_layers": 1}))
+    """The published checkpoints name a window and switch it off; one that
+    switches it on would need other masks."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG
+                                                     | {"use_sliding_window": True,
+                                                        "max_window_layers": 1}))
     with pytest.raises(PolicyError, match="use_sliding_window"):
         load(str(tmp_path))

@@ -1,4 +1,5 @@
-"""paper.py: the growing message, the single steps and their rewards; and real rows played in both protocols."""
+"""paper.py: the growing message, the single steps and their rewards; and
+real rows played in both protocols."""
 
 import dataclasses
 import re
@@ -8,20 +9,21 @@ import pytest
 import torch
 
 import arft
-import paper
+from extras import paper
 import rollout as rollout_module
 from conftest import ROOT
 from data import mat
 from data.mat import StepSample
 from grpo import episode_logp
-from pack import collate
+from extras.tree import collate
 from rewards import lexical_similarity, step_reward
 from rollout import Limits
 from test_rollout import answer, code, problem
 from tools import parse
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
-real_files = pytest.mark.skipif(not MAT_SAMPLE.exists(), reason="the MAT sample is not beside this checkout")
+real_files = pytest.mark.skipif(not MAT_SAMPLE.exists(),
+                                reason="the MAT sample is not beside this checkout")
 
 
 def EPISODE(i, episode):
@@ -30,12 +32,14 @@ def EPISODE(i, episode):
 
 
 def play(monkeypatch, policy, *turns):
-    """Every row writes the same given turns, one after another; "..." at the end of a turn: it is cut off."""
+    """Every row writes the same given turns, one after another; "..." at the
+    end of a turn: it is cut off."""
     left = list(turns)
 
     def scripted(rows, limits, generator):
         text = left.pop(0)
-        ids = policy.text_ids(text.removesuffix("...")) + ([] if text.endswith("...") else [policy.im_end])
+        ids = policy.text_ids(text.removesuffix("...")) + ([] if text.endswith("...")
+                                                           else [policy.im_end])
         return [(list(ids), [-1.0] * len(ids)) for _ in range(len(rows.last))]
     for module in (rollout_module, paper):
         monkeypatch.setattr(module, "decode_turn", scripted)
@@ -50,7 +54,7 @@ def search(query):
     return f"<think>I do not know.</think>\n<search>{query}</search>"
 
 
-# --- the message that grows ---------------------------------------------------------------------------------------
+# --- the message that grows -----------------------------------------------------------------------
 
 
 def test_every_turn_is_one_message_with_one_image_the_newest(policy, samples, tools, monkeypatch):
@@ -61,7 +65,8 @@ def test_every_turn_is_one_message_with_one_image_the_newest(policy, samples, to
     tip = paper.TIPS.format(paper.TIP_REPAIR)
     assert [t.observation for t in episode.turns] == [tip, "", None]
     said = policy.tokenizer.decode([i for i in episode.ids if i != policy.image_pad])
-    wanted = "\n".join([policy.system_prompt, f"<query> {sample.question} </query>", turns[0], tip, turns[1]])
+    wanted = "\n".join([policy.system_prompt, f"<query> {sample.question} </query>", turns[0], tip,
+                        turns[1]])
     assert said == (f"<|im_start|>user\n<|vision_start|><|vision_end|>{wanted}<|im_end|>\n"
                     f"<|im_start|>assistant\n{turns[2]}<|im_end|>")
     assert len(episode.images) == 1 and episode.ended == "answer" and episode.answer == "1"
@@ -91,7 +96,8 @@ def test_every_way_to_end(policy, samples, monkeypatch):
     sample = samples(("dark",))
     play(monkeypatch, policy, *["no tags"] * 5)
     lost, = attempt(policy, sample)
-    assert lost.ended == "turns" and len(lost.turns) == 5 and lost.answer is None       # B8: it is there, without answer
+    # B8: it is there, without answer
+    assert lost.ended == "turns" and len(lost.turns) == 5 and lost.answer is None
     play(monkeypatch, policy, answer("1") + "...")
     assert [(e.ended, e.answer) for e in attempt(policy, sample)] == [("cut", None)]
     play(monkeypatch, policy, "word " * 40, "word " * 40)
@@ -106,7 +112,8 @@ def test_an_answer_of_several_lines_is_an_answer(policy, samples, monkeypatch):
 
 
 @pytest.mark.parametrize("code_errors, shown", [("shown", True), ("hidden", False)])
-def test_whether_the_model_sees_why_its_program_failed_is_an_option(policy, samples, tools, monkeypatch,
+def test_whether_the_model_sees_why_its_program_failed_is_an_option(policy, samples, tools,
+                                                                    monkeypatch,
                                                                    code_errors, shown):
     play(monkeypatch, policy, code("raise ValueError('no')"), answer("1"))              # B14
     episode, = attempt(policy, samples(("dark",)), tools, code_errors=code_errors)
@@ -120,7 +127,7 @@ def test_a_search_without_a_backend_is_answered(policy, samples, monkeypatch):
     assert episode.turns[0].observation == rollout_module.REPLY_NO_SEARCH
 
 
-# --- the box of a crop question -----------------------------------------------------------------------------------
+# --- the box of a crop question -------------------------------------------------------------------
 
 
 CROP = code("import numpy", "image = Image.fromarray(numpy.asarray(image)[3:9, 2:40])")
@@ -128,7 +135,8 @@ CROP = code("import numpy", "image = Image.fromarray(numpy.asarray(image)[3:9, 2
 
 @pytest.mark.parametrize("crop_box, size", [("question", (56, 28)), ("model", (38, 6))])
 def test_where_crops_are_cut_is_an_option(policy, samples, tools, monkeypatch, crop_box, size):
-    sample = dataclasses.replace(*samples(("none",)), question="Read the text in [0, 250, 500, 500].")
+    sample = dataclasses.replace(*samples(("none",)),
+                                 question="Read the text in [0, 250, 500, 500].")
     assert sample.open_image().size == (112, 112)
     play(monkeypatch, policy, problem("crop"), CROP, answer("1"))
     episode, = attempt(policy, [sample], tools, crop_box=crop_box)
@@ -140,29 +148,37 @@ def test_where_crops_are_cut_is_an_option(policy, samples, tools, monkeypatch, c
 @pytest.mark.parametrize("first, question", [("no problem named", "Read [0, 250, 500, 500]."),
                                              (problem("dark"), "Read [0, 250, 500, 500]."),
                                              (problem("crop"), "Read the number.")])
-def test_without_a_crop_problem_or_a_box_the_program_runs_as_written(policy, samples, tools, monkeypatch,
+def test_without_a_crop_problem_or_a_box_the_program_runs_as_written(policy, samples, tools,
+                                                                     monkeypatch,
                                                                     first, question):
     sample = dataclasses.replace(*samples(("none",)), question=question)                # B10
     play(monkeypatch, policy, first, CROP, answer("1"))
     assert attempt(policy, [sample], tools)[0].view.size == (38, 6)
 
 
-# --- single steps -------------------------------------------------------------------------------------------------
+# --- single steps ---------------------------------------------------------------------------------
 
 
 @real_files
 def test_the_published_rows_as_single_steps():
     steps = mat.load_steps("mat-coding", MAT_SAMPLE)
-    assert [s.id for s in steps] == ["rotation180_1-problem-1", "rotation180_1-code-2", "rotation180_1-answer-3",
+    assert [s.id for s in steps] == ["rotation180_1-problem-1", "rotation180_1-code-2",
+                                     "rotation180_1-answer-3",
                                      "none_2-problem-4", "none_2-answer-5"]
-    assert [(s.problems, s.golds) for s in steps] == [(("rotation180",), ()), ((), ()), ((), ("1 Can (473mL)",)),
+    assert [(s.problems, s.golds) for s in steps] == [(("rotation180",), ()), ((), ()),
+                                                      ((), ("1 Can (473mL)",)),
                                                       (("none",), ()), ((), ("Uncommon Valor",))]
-    assert steps[0].context == "" and steps[1].context.endswith("<problem> {'rotation180'} </problem>")
+    assert steps[0].context == "" and steps[1].context.endswith(
+        "<problem> {'rotation180'} </problem>")
     assert steps[2].context.startswith(steps[1].context) and steps[2].context.endswith("</code>")
-    assert all(s.formats == (s.kind,) and s.question.endswith("?") and s.split == "train" for s in steps)
+    assert all(s.formats == (s.kind,
+               ) and s.question.endswith("?") and s.split == "train" for s in steps)
     query, = mat.load_steps("mat-search", MAT_SAMPLE)
-    assert (query.kind, query.queries) == ("search", ("Where is the painting The Milkmaid by Vermeer housed?",))
-    assert query.formats == ("search", "answer") and query.image_path.name == "23.jpg" and query.context == ""
+    assert (query.kind, query.queries) == ("search",
+                                           ("Where is the painting The Milkmaid by Vermeer housed?",
+                                           ))
+    assert (query.formats == ("search", "answer") and query.image_path.name == "23.jpg"
+            and query.context == "")
 
 
 def test_the_context_of_a_search_row_stands_behind_its_query():
@@ -182,28 +198,34 @@ def test_a_step_is_one_turn_on_the_stored_context_and_a_square_image(policy):
     steps = mat.load_steps("mat-coding", MAT_SAMPLE)
     episodes = attempt(policy, steps, group_size=2)
     assert [e.sample for e in episodes] == [s for s in steps for _ in range(2)]
-    assert all(len(e.turns) == 1 and e.view.size == (720, 720) and e.turns[0].execution is None for e in episodes)
+    assert all(len(e.turns) == 1 and e.view.size == (720, 720) and e.turns[0].execution is None
+               for e in episodes)
     assert attempt(policy, steps[:1], step_side=0)[0].view.size == (1500, 1500)
     text = paper.message(episodes[4], "SYSTEM")
-    assert text.startswith(f"SYSTEM\n<query> {steps[2].question} </query>\n<think> The image appears")
-    assert episodes[4].ids[:episodes[4].turns[0].start] == episodes[5].ids[:episodes[5].turns[0].start]
+    assert text.startswith(
+        f"SYSTEM\n<query> {steps[2].question} </query>\n<think> The image appears")
+    assert episodes[4].ids[:episodes[4].turns[0].start] == episodes[5].ids[
+        :episodes[5].turns[0].start]
     batch = collate(policy, episodes)
     with torch.no_grad():
         logp, _ = episode_logp(policy, batch)
-    assert ((logp - batch.logp_old) * batch.mask).abs().max() < 1e-4, "what was sampled is not what is scored"
+    assert ((logp - batch.logp_old) * batch.mask).abs().max() < 1e-4, (
+        "what was sampled is not what is scored")
     assert episodes[0].ids != episodes[1].ids
 
 
-# --- the rewards of single steps, by hand -------------------------------------------------------------------------
+# --- the rewards of single steps, by hand ---------------------------------------------------------
 
 
 def reward(kind, turn, finished=True, **more):
     formats = more.pop("formats", (kind,))
     fields = {name: more.pop(name) for name in ("golds", "problems", "queries") if name in more}
-    step = StepSample("1", "?", **{"golds": ()} | fields, image_path=None, kind=kind, formats=formats)
+    step = StepSample("1", "?", **{"golds": ()} | fields, image_path=None, kind=kind,
+                      formats=formats)
     action = parse(turn)
     last = SimpleNamespace(action=action, finished=finished)
-    found = step_reward(SimpleNamespace(sample=step, turns=[last], answer=action.value if finished and
+    found = step_reward(SimpleNamespace(sample=step, turns=[last],
+                                        answer=action.value if finished and
                                         action.kind == "answer" else None), **more)
     assert found.total == pytest.approx(found.accuracy + found.format)
     return found.accuracy, found.format
@@ -225,7 +247,8 @@ def test_half_credit_is_only_for_the_rotation_of_a_double():
 
 @pytest.mark.parametrize("turn, accuracy, form", [
     (code("image = image.rotate(90)"), 0.9, 1), (code("this is no Python"), 0.9, 1),
-    ("<code>print(1)</code>", 0.9, 0), (answer("x"), 0, 0), (problem("dark"), 0, 0), ("no tag at all", 0, 0)])
+    ("<code>print(1)</code>", 0.9, 0), (answer("x"), 0, 0), (problem("dark"), 0, 0),
+    ("no tag at all", 0, 0)])
 def test_the_reward_of_a_code_row(turn, accuracy, form):
     assert reward("code", turn) == (accuracy, form)
 
@@ -238,29 +261,37 @@ def test_the_reward_of_an_answer_row(said, gold, accuracy):
 
 
 def test_the_answer_s_f1_is_as_coded_unless_repaired():
-    assert reward("answer", answer("A"), golds=("A",)) == (0, 1)                        # an article is no word
+    # an article is no word
+    assert reward("answer", answer("A"), golds=("A",)) == (0, 1)
     assert reward("answer", answer("A"), golds=("A",), scorer="repaired") == (1, 1)
     assert reward("answer", answer("New York New York"), golds=("New York New York",)) == (0.5, 1)
-    assert reward("answer", answer("发票 号码"), golds=("发票号码",)) == (0, 1)          # one word each, and not the same
+    # one word each, and not the same
+    assert reward("answer", answer("发票 号码"), golds=("发票号码",)) == (0, 1)
     assert reward("answer", answer("b"), golds=("a b", "c")) == (1, 1)
     assert reward("answer", search("b"), golds=("b",)) == (0, 0)
-    assert reward("answer", "b", golds=("b",)) == (0, 0)                                # there: the whole text counts
+    # there: the whole text counts
+    assert reward("answer", "b", golds=("b",)) == (0, 0)
 
 
 def test_the_reward_of_a_search_row():
     gold, formats = "museum of the Milkmaid by Vermeer", ("search", "answer")
     options = {"queries": (gold,), "formats": formats}
-    assert reward("search", search("The Milkmaid Vermeer museum"), **options) == (pytest.approx(3 / 15 ** 0.5), 1)
-    assert reward("search", search("a museum of modern art"), **options) == (0, 1)      # 2 / sqrt(4 * 5) is below 0.5
+    assert reward("search", search("The Milkmaid Vermeer museum"),
+                  **options) == (pytest.approx(3 / 15 ** 0.5), 1)
+    # 2 / sqrt(4 * 5) is below 0.5
+    assert reward("search", search("a museum of modern art"), **options) == (0, 1)
     assert lexical_similarity("a museum of modern art", gold) == pytest.approx(2 / 20 ** 0.5)
-    assert reward("search", answer("Vermeer"), **options) == (0, 1), "in MAT-Search either kind has the right format"
+    assert reward("search", answer("Vermeer"), **options) == (0,
+                                                              1), "in MAT-Search either kind has the right format"
     assert reward("answer", search("Vermeer"), golds=("Vermeer",), formats=formats) == (0, 1)
     assert lexical_similarity("", gold) == lexical_similarity("the", "a") == 0
     options["queries"] = ("of by at in on for four more",)
-    assert reward("search", search("four more"), **options) == (0.5, 1)                 # 2 / sqrt(2 * 8): not below, it counts
+    # 2 / sqrt(2 * 8): not below, it counts
+    assert reward("search", search("four more"), **options) == (0.5, 1)
 
 
-@pytest.mark.parametrize("kind, turn", [("answer", answer("b")), ("code", code()), ("problem", problem("dark"))])
+@pytest.mark.parametrize("kind, turn",
+                         [("answer", answer("b")), ("code", code()), ("problem", problem("dark"))])
 def test_a_turn_that_was_cut_off_or_says_a_tag_twice_earns_nothing(kind, turn):
     gold = {"golds": ("b",), "problems": ("dark",)}
     assert reward(kind, turn, **gold)[1] == 1
@@ -276,23 +307,28 @@ def test_parts_that_a_row_does_not_have_are_none():
     other = dataclasses.replace(step, golds=("b",), problems=(), kind="answer")
     found = step_reward(SimpleNamespace(sample=other, turns=[turn], answer=None))
     assert (found.answer, found.em, found.problem, found.accuracy) == (0.0, 0.0, None, 0.0)
-    weighted = step_reward(SimpleNamespace(sample=step, turns=[turn], answer=None), accuracy_weight=3, format_weight=0.5)
+    weighted = step_reward(SimpleNamespace(sample=step, turns=[turn], answer=None),
+                           accuracy_weight=3, format_weight=0.5)
     assert weighted.total == 3.5
 
 
-# --- real rows through the whole environment ----------------------------------------------------------------------
+# --- real rows through the whole environment ------------------------------------------------------
 
 
 @real_files
 @pytest.mark.parametrize("protocol, images", [("episodes", 2), ("paper", 1)])
-def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(policy, tools, monkeypatch, protocol, images):
+def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(policy, tools,
+        monkeypatch, protocol, images):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[0]
-    play(monkeypatch, policy, problem("rotation180"), code("image = image.rotate(180)"), answer("1 Can (473mL)."))
+    play(monkeypatch, policy, problem("rotation180"), code("image = image.rotate(180)"),
+         answer("1 Can (473mL)."))
     config = arft.Config(protocol=protocol, eval_batch=100, max_new_tokens=96)
-    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted", EPISODE)
+    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted",
+                                    EPISODE)
     episode = row["episode"]
     assert (summary["em"], summary["f1"], summary["repaired"]["em"]) == (1.0, 1.0, 1.0)
-    assert summary["splits"]["simple"]["n"] == 1 and summary["by_problem"]["rotation180"]["em"] == 1.0
+    assert (summary["splits"]["simple"]["n"] == 1
+            and summary["by_problem"]["rotation180"]["em"] == 1.0)
     assert episode.answer == "1 Can (473mL)." and len(episode.images) == images
     turned = sample.open_image().rotate(180)
     assert episode.view.size == turned.size == (1500, 1500)
@@ -304,13 +340,15 @@ def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(polic
 
 @real_files
 @pytest.mark.parametrize("protocol, size", [("episodes", (38, 6)), ("paper", None)])
-def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(policy, tools, monkeypatch, protocol, size):
+def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(policy, tools,
+        monkeypatch, protocol, size):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[3]
     width, height = sample.open_image().size
     size = size or (int(.506 * width) - int(.366 * width), int(.851 * height) - int(.723 * height))
     play(monkeypatch, policy, problem("crop"), CROP, answer("SINCE 1994"))
     config = arft.Config(protocol=protocol, eval_batch=100, max_new_tokens=96, max_length=10_000)
-    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted", EPISODE)
+    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted",
+                                    EPISODE)
     episode = row["episode"]
     assert summary["em"] == 1.0 and episode.view.size == size and episode.sample.split == "hard"
 

@@ -13,12 +13,15 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["grpo", "pack", "paper", "policy", "record", "report", "rewards", "rollout", "tools",
-                                  "data.mat", "data.mini", "data.mini_search"])
+MODULES = ["grpo", "policy", "rewards", "rollout", "tools", "data.mat", "data.mini",
+           "data.mini_search", "extras.paper", "extras.record", "extras.report", "extras.tree"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
-    assert result.attempted > 0 or name in ("policy", "rollout"), "these two have no examples: they need a model"
+    assert result.attempted > 0 or name in ("policy", "rollout"), "these two need a model"
 
 
 def test_the_readmes_examples():
@@ -40,17 +43,19 @@ def test_every_function_that_the_readme_names_exists():
     named = re.findall(r"`([\w/]+\.py):(\w+)`", README)
     assert len(named) > 5
     for file, name in named:
-        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE), f"{file}:{name}"
+        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(),
+                         re.MULTILINE), f"{file}:{name}"
 
 
 def test_every_file_that_the_readme_names_exists():
-    for file in re.findall(r"`((?:data/|tests/)?\w+\.py)`", README):
+    for file in re.findall(r"`((?:data/|tests/|extras/)?\w+\.py)`", README):
         assert (ROOT / file).exists(), file
 
 
 def test_every_flag_that_the_readme_names_exists():
     ours = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
-    scripts = "".join(file.read_text() for folder in ("tests", "data") for file in (ROOT / folder).rglob("*.py"))
+    scripts = "".join(file.read_text() for folder in ("tests", "data", "extras")
+                      for file in (ROOT / folder).rglob("*.py"))
     others = {"--repo-type", "--local-dir", "--nproc-per-node"}         # hf, torchrun
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - ours - others:
         assert f'"{flag}"' in scripts, flag

@@ -1,4 +1,5 @@
-"""The report of a run: curves, episodes, hostile text, half-written folders; and one episode as a table of tokens."""
+"""The report of a run: curves, episodes, hostile text, half-written
+folders; and one episode as a table of tokens."""
 
 import csv
 import dataclasses
@@ -12,37 +13,45 @@ from PIL import Image
 
 import arft
 import grpo
-import record
-import report
+from extras import record
+from extras import report
 from arft import Config, main
 from conftest import ROOT
-from pack import collate
+from extras.tree import collate
 from rollout import Clock, Limits, rollout
 
-HOSTILE = ("<script>alert(1)</script> </pre></i></textarea></svg></style> <img src=x onerror=alert(1)> &lt; &amp; ]]> <!-- "
-           "{{ 7 * 7 }} {% raw %} {# \" onclick=\"alert(1) ' | \u2028 \u202e \x00 \x1b[31m \x08 \ud800 \\ </details")
+HOSTILE = ("<script>alert(1)</script> </pre></i></textarea></svg></style> <img src=x "
+           "onerror=alert(1)> &lt; &amp; ]]> <!-- "
+           "{{ 7 * 7 }} {% raw %} {# \" onclick=\"alert(1) ' | \u2028 \u202e \x00 \x1b[31m \x08 "
+           "\ud800 \\ </details")
 
 
-# --- a run folder without a run ---------------------------------------------------------------------------------
+# --- a run folder without a run -------------------------------------------------------------------
 
 
 def episode(when: str, index: int, words: str, em: float = 1.0, **more) -> dict:
-    """A line of episodes.jsonl: a problem, a program with an image, an answer; `words` wherever a model or a data file
-    can put words."""
+    """A line of episodes.jsonl: a problem, a program with an image, an answer; `words` wherever a
+    model or a data file can put words."""
     code = f"<code>\n```python\nimport PIL\nx = 'y' # {words}\n```\n</code>"
     turn = {"finished": True, "ran": None, "image": None, "error": None, "observation": words}
-    return {"when": when, "index": index, "sample": words, "image": words, "input": "images/in.png", "question": words,
-            "gold": [words], "problems": [words], "split": words, "answer": words, "ended": "answer",
-            "reward": {"total": 2 + em, "answer": em, "format": 1.0, "problem": 1.0, "em": em, "accuracy": None},
+    return {"when": when, "index": index, "sample": words, "image": words, "input": "images/in.png",
+            "question": words,
+            "gold": [words], "problems": [words], "split": words, "answer": words,
+            "ended": "answer",
+            "reward": {"total": 2 + em, "answer": em, "format": 1.0, "problem": 1.0, "em": em,
+                       "accuracy": None},
             "advantage": None if when in ("before", "after") else 2 * em - 1,
             "turns": [turn | {"text": words, "action": "malformed", "error": "wrong: " + words},
-                      turn | {"text": code, "action": "code", "image": "images/out.png", "ran": "z = 1 # " + words},
+                      turn | {"text": code, "action": "code", "image": "images/out.png",
+                              "ran": "z = 1 # " + words},
                       turn | {"text": words, "action": "answer", "observation": None}]} | more
 
 
 def tokens(when: str, index: int, words: str) -> dict:
-    """Its line of tokens.jsonl: three turns of three tokens each between a prompt and observations."""
-    texts = [words, "<|image_pad|>", words, words, "<|im_end|>", "o", "<code>", "# " + words, "<|im_end|>", "o",
+    """Its line of tokens.jsonl: three turns of three tokens each between a
+    prompt and observations."""
+    texts = [words, "<|image_pad|>", words, words, "<|im_end|>", "o", "<code>", "# " + words,
+             "<|im_end|>", "o",
              words, words, "<|im_end|>"]
     return {"when": when, "index": index, "sample": words, "advantage": 1.0, "tokens": texts,
             "count": [1, 4] + [1] * 11, "roles": "ppmmmtmmmtmmm", "mask": "0011101110111",
@@ -63,28 +72,36 @@ def make_run(folder, words: str = "fine", steps: int = 2, held_out: int = 2, gro
     (folder / "images").mkdir(parents=True)
     Image.new("RGB", (8, 6), "red").save(folder / "images" / "in.png")
     Image.new("RGB", (900, 300), "blue").save(folder / "images" / "out.png")
-    config = dataclasses.asdict(Config(steps=steps, group_size=group, samples_per_step=1, model=words)) | {"commit": "abc"}
+    config = dataclasses.asdict(Config(steps=steps, group_size=group, samples_per_step=1,
+                                       model=words)) | {"commit": "abc"}
     (folder / "config.json").write_text(json.dumps(config))
     write_lines(folder / "metrics.jsonl", [
-        {"step": s, "reward_mean": s / 2, "em": 0.5, "answer": 0.5, "format": 1.0, "problem": 0.25, "kl": None, "entropy": 0.1,
+        {"step": s, "reward_mean": s / 2, "em": 0.5, "answer": 0.5, "format": 1.0, "problem": 0.25,
+         "kl": None, "entropy": 0.1,
          "loss": 0.0, "grad_norm": 1.0, "seconds_by_phase": {"decode": 2.0, "update": 1.0},
-         "warnings": [{"name": words, "message": words, "option": words}]} for s in range(1, steps + 1)])
-    evaluation = scores(0.0) | {"sampled": scores(0.5), "splits": {words: scores(0.0), "other": scores(1.0)}}
+         "warnings": [{"name": words, "message": words, "option": words}]}
+        for s in range(1, steps + 1)])
+    evaluation = scores(0.0) | {"sampled": scores(0.5),
+                                "splits": {words: scores(0.0), "other": scores(1.0)}}
     both = {"before": evaluation, "after": evaluation | scores(1.0)}
     write_lines(folder / "evaluations.jsonl", [{"step": 0, "when": "before", **both["before"]},
                                                {"step": steps, "when": "after", **both["after"]}])
     (folder / "summary.json").write_text(json.dumps(both | {
-        "steps": steps, "seconds": 3.0, "seconds_by_phase": {"decode": 3.0, "update": 1.0}, "interrupted": False}))
+        "steps": steps, "seconds": 3.0, "seconds_by_phase": {"decode": 3.0, "update": 1.0},
+        "interrupted": False}))
     write_lines(folder / "episodes.jsonl", [
         *(episode("before", i, words, em=0.0) for i in range(held_out)),
-        *(episode(f"step-{s}", i, words, em=i % 2) for s in range(1, steps + 1) for i in range(group + 1)),
+        *(episode(f"step-{s}", i, words, em=i % 2) for s in range(1, steps + 1)
+          for i in range(group + 1)),
         *(episode("after", i, words) for i in range(held_out))])
-    write_lines(folder / "tokens.jsonl", [tokens(f"step-{s}", i, words) for s in range(1, steps + 1) for i in range(group)])
+    write_lines(folder / "tokens.jsonl",
+                [tokens(f"step-{s}", i, words) for s in range(1, steps + 1) for i in range(group)])
     return folder
 
 
 class Elements(HTMLParser):
-    """What a browser would make of a page: tags with the names of their attributes, scripts, and the text."""
+    """What a browser would make of a page: tags with the names of their
+    attributes, scripts, and the text."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -111,7 +128,7 @@ def page_of(folder) -> str:
     return report.write(folder).read_text(encoding="utf-8")
 
 
-# --- hostile text ----------------------------------------------------------------------------------------------------
+# --- hostile text ---------------------------------------------------------------------------------
 
 
 def test_hostile_text_changes_no_tag_no_attribute_and_no_script(tmp_path):
@@ -120,18 +137,22 @@ def test_hostile_text_changes_no_tag_no_attribute_and_no_script(tmp_path):
     assert hostile.tags == harmless.tags
     assert hostile.scripts == harmless.scripts and len(hostile.scripts) == 2
     text = "".join(hostile.text)
-    assert text.count(report.visible(HOSTILE)) == "".join(harmless.text).count("fine") > 50, "and nothing of it is lost"
+    assert text.count(report.visible(
+        HOSTILE)) == "".join(harmless.text).count("fine") > 50, "and nothing of it is lost"
     assert not set(text) & {"\x00", "\x1b", "\x08", "\u2028", "\u202e"}
     assert "49 " not in text
 
 
-@pytest.mark.parametrize("text", ["<code>'''" + "''' \"" * 300, "<code>" * 50 + "x = 1", HOSTILE, "<code># \"'\n'</code>'", "<code>f(x) + )"])
+@pytest.mark.parametrize("text",
+                         ["<code>'''" + "''' \"" * 300, "<code>" * 50 + "x = 1", HOSTILE,
+                          "<code># \"'\n'</code>'", "<code>f(x) + )"])
 def test_highlighting_loses_no_character(text):
     assert "".join(piece for _, piece in report.highlight(text)) == text
     widths = [1, 2, 3] * (len(text) // 6 + 1)
     cuts = report.cut(report.highlight(text), widths)
     assert "".join(piece for token in cuts for _, piece in token) == text
-    assert all(sum(len(piece) for _, piece in token) == min(width, max(0, len(text) - sum(widths[:i])))
+    assert all(sum(len(piece) for _, piece in token)
+               == min(width, max(0, len(text) - sum(widths[:i])))
                for i, (token, width) in enumerate(zip(cuts, widths)))
 
 
@@ -139,20 +160,24 @@ def test_nothing_outside_the_folder_gets_into_the_page(tmp_path):
     folder = make_run(tmp_path / "run")
     Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
     album = report.Album(folder)
-    assert album.key("../private.png") is album.key(str(tmp_path / "private.png")) is album.key("images/none.png") is None
+    assert album.key("../private.png") is album.key(str(
+        tmp_path / "private.png")) is album.key("images/none.png") is None
     assert album.key("images/in.png") == album.key("images/in.png") == 0 and len(album.images) == 1
     page = page_of(folder)
     assert "http" not in page.replace("http://www.w3.org", "") and "src=" not in page
 
 
-# --- what is shown ---------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------------------
 
 
 def test_points_of_a_curve_are_where_the_axes_say():
-    picture = report.chart("EM", "percent", [("em", "line", [(1, 0.0), (2, 50.0), (4, 100.0), (3, math.nan), (3, None)]),
+    picture = report.chart("EM", "percent",
+                           [("em", "line", [(1, 0.0), (2, 50.0), (4, 100.0), (3, math.nan),
+                                            (3, None)]),
                                              ("nothing", "line", [(1, None)])], top=100)
     # 420 pixels for 4 steps from x = 46 on, 190 pixels for 100 percent from y = 220 upwards
-    assert [one["points"] for one in picture["series"]] == [[(151.0, 220.0), (256.0, 125.0), (466.0, 30.0)]]
+    assert [one["points"] for one in picture["series"]] == [[(151.0, 220.0), (256.0, 125.0),
+                                                             (466.0, 30.0)]]
     assert picture["y_ticks"][0] == (220.0, "0") and picture["y_ticks"][-1] == (30.0, "100")
     assert picture["x_ticks"][-1] == (466.0, "4")
     assert report.chart("none", "", [("kl", "line", [(1, None)])]) is None
@@ -165,8 +190,10 @@ def test_a_long_curve_is_averaged():
 
 
 def test_charts_have_reward_by_part_and_held_out_points():
-    metrics = [{"step": 1, "reward_mean": 1.5, "answer": 0.5, "format": 1.0, "problem": 0.0, "em": 0.5, "kl": 0.1, "loss": 0.0}]
-    evaluation = {"step": 0, "em": 0.2, "sampled": {"em": 0.3}, "splits": {"hard": {"em": 0.1}, "simple": {"em": 0.4}}}
+    metrics = [{"step": 1, "reward_mean": 1.5, "answer": 0.5, "format": 1.0, "problem": 0.0,
+                "em": 0.5, "kl": 0.1, "loss": 0.0}]
+    evaluation = {"step": 0, "em": 0.2, "sampled": {"em": 0.3},
+                  "splits": {"hard": {"em": 0.1}, "simple": {"em": 0.4}}}
     reward, match, *_ = report.charts(metrics, [evaluation])
     assert [one["name"] for one in reward["series"]] == ["reward", "answer", "format", "problem"]
     heights = {one["name"]: round((220 - one["points"][0][1]) / 1.9) for one in match["series"]}
@@ -177,9 +204,12 @@ def test_charts_have_reward_by_part_and_held_out_points():
 def test_the_page_pairs_samples_shades_tokens_and_filters(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     assert page.count('data-result="right|became right"') == 2 and page.count('data-step="2"') == 2
-    assert "2 of 2 held-out samples" in page and "first group of 2 of 2 steps" in page and "left out" not in page
+    assert ("2 of 2 held-out samples" in page and "first group of 2 of 2 steps" in page
+            and "left out" not in page)
     # log-ratios +0.1, -0.3, 0, +0.6: shades 2 up, 3 down, none, 4 up
-    assert [page.count(f'<i class="{shade}"') for shade in ("u2", "d3", "u4")] == [8 + 2, 4 + 2, 4 + 2]    # and two keys
+    # and two keys
+    assert [page.count(f'<i class="{shade}"') for shade in ("u2", "d3", "u4")] == [8 + 2, 4 + 2,
+            4 + 2]
     assert 'title="ratio 1.105, log-prob -1.000 -&gt; -0.900"' in page
     assert page.count('<image id="image') == 2 and 'width="320" height="107"' in page
     assert "reward 3.00 (answer 1.00, format 1.00, problem 1.00)" in page
@@ -187,16 +217,18 @@ def test_the_page_pairs_samples_shades_tokens_and_filters(tmp_path):
 
 
 def test_before_and_after_table_and_phases(tmp_path):
-    summary = {"before": scores(0.25) | {"sampled": scores(0.5), "by_problem": {"damaged": {"n": 1, "em": 0.0}}}}
+    summary = {"before": scores(0.25)
+               | {"sampled": scores(0.5), "by_problem": {"damaged": {"n": 1, "em": 0.0}}}}
     assert report.table(summary).splitlines()[1:] == [
         "before, greedy             2   25.00 [  0.00, 100.00]   25.00 [  0.00, 100.00]",
         "  damaged images           1    0.00",
         "before, sampled            2   50.00 [  0.00, 100.00]   50.00 [  0.00, 100.00]"]
-    assert report.phases({}, [{"seconds_by_phase": {"a": 1.0, "b": 2.0}}, {"seconds_by_phase": {"b": 1.0}}]) == [
+    assert report.phases({}, [{"seconds_by_phase": {"a": 1.0, "b": 2.0}},
+                              {"seconds_by_phase": {"b": 1.0}}]) == [
         ("b", 3.0, 0.75), ("a", 1.0, 0.25)]
 
 
-# --- any run ---------------------------------------------------------------------------------------------------------
+# --- any run --------------------------------------------------------------------------------------
 
 
 def test_a_long_run_fits_into_the_page_and_it_says_what_was_left_out(tmp_path):
@@ -216,9 +248,11 @@ def test_images_of_what_does_not_fit_are_forgotten(tmp_path):
     album = report.Album(folder)
 
     def case(name):
-        return lambda: [{"image": album.key(name), "step": "1", "result": ["right"], "split": "", "problems": []}]
+        return lambda: [{"image": album.key(name), "step": "1", "result": ["right"], "split": "",
+                         "problems": []}]
     small, large = album_sizes(folder, "images/in.png"), album_sizes(folder, "images/out.png")
-    pages, used, _ = report.choose(lambda one: str(one["image"]), [(1, case("images/out.png")), (2, case("images/in.png"))],
+    pages, used, _ = report.choose(lambda one: str(one["image"]),
+                                   [(1, case("images/out.png")), (2, case("images/in.png"))],
                                    album, budget=min(small, large) + 10)
     assert len(pages) == len(album.images) == 1 and used == album.size + 1 and len(album.keys) == 1
 
@@ -239,18 +273,23 @@ def test_every_beginning_of_spread_is_even():
 
 
 @pytest.mark.parametrize("missing", [
-    ("summary.json",), ("tokens.jsonl",), ("metrics.jsonl", "tokens.jsonl"), ("evaluations.jsonl",), ("episodes.jsonl",),
-    ("images/in.png",), ("summary.json", "metrics.jsonl", "tokens.jsonl", "episodes.jsonl", "evaluations.jsonl")])
+    ("summary.json",), ("tokens.jsonl",), ("metrics.jsonl", "tokens.jsonl"), ("evaluations.jsonl",),
+    ("episodes.jsonl",),
+    ("images/in.png",), ("summary.json", "metrics.jsonl", "tokens.jsonl", "episodes.jsonl",
+                         "evaluations.jsonl")])
 def test_a_run_that_was_stopped_anywhere_has_a_report(tmp_path, missing):
     folder = make_run(tmp_path / "run")
     for name in missing:
         (folder / name).unlink()
     page = page_of(folder)
     assert ("still going on" in page) == ("summary.json" in missing)
-    assert "Options" in page and [p.name for p in folder.iterdir() if p.name.startswith("report")] == ["report.html"]
+    assert "Options" in page and [p.name for p in folder.iterdir()
+                                  if p.name.startswith("report")] == ["report.html"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "episodes.jsonl", "tokens.jsonl", "evaluations.jsonl", "summary.json",
+@pytest.mark.parametrize("name",
+                         ["metrics.jsonl", "episodes.jsonl", "tokens.jsonl", "evaluations.jsonl",
+                          "summary.json",
                                   "images/out.png"])
 def test_a_file_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path, name):
     folder = make_run(tmp_path / "run")
@@ -276,27 +315,34 @@ def test_the_command_remakes_the_page_without_a_model(tmp_path, capsys, monkeypa
     monkeypatch.setattr(arft, "load", lambda *a: pytest.fail("a model was loaded"))
     folder = make_run(tmp_path / "run")
     assert main(["--report", str(folder)]) == 0
-    assert capsys.readouterr().out.strip() == str(folder / "report.html") and (folder / "report.html").exists()
+    assert (capsys.readouterr().out.strip() == str(folder / "report.html")
+            and (folder / "report.html").exists())
 
 
-# --- one episode in the terminal -------------------------------------------------------------------------------------
+# --- one episode in the terminal ------------------------------------------------------------------
 
 
 def test_an_episode_as_a_table_has_the_right_numbers(tmp_path):
     folder = make_run(tmp_path / "run")
-    line = {"when": "step-2", "index": 1, "sample": "7", "advantage": -0.5, "count": [1, 4, 1, 1, 1],
-            "tokens": ["<|im_start|>", "<|image_pad|>", "a\nb", "\x1b[31m", "ok"], "roles": "ppmmt", "mask": "00110",
-            "logp_old": [0, 0, math.log(0.5), math.log(0.5), 0], "logp": [0, 0, math.log(0.6), math.log(0.4), 0]}
+    line = {"when": "step-2", "index": 1, "sample": "7", "advantage": -0.5,
+            "count": [1, 4, 1, 1, 1],
+            "tokens": ["<|im_start|>", "<|image_pad|>", "a\nb", "\x1b[31m", "ok"], "roles": "ppmmt",
+            "mask": "00110",
+            "logp_old": [0, 0, math.log(0.5), math.log(0.5), 0],
+            "logp": [0, 0, math.log(0.6), math.log(0.4), 0]}
     write_lines(folder / "tokens.jsonl", [tokens("step-1", 0, "fine"), line])
     head, gold, _, titles, *rows = report.show_episode("2", folder).splitlines()
     assert "episode 2 of 2: step-2, number 2 of its group, sample 7, advantage -0.500" in head
     assert gold == "gold fine, answer fine, reward: total 3, answer 1, format 1, problem 1, em 1"
-    assert titles.split() == ["position", "token", "role", "mask", "logp_old", "logp", "ratio", "advantage"]
+    assert titles.split() == ["position", "token", "role", "mask", "logp_old", "logp", "ratio",
+                              "advantage"]
     assert [row.split() for row in rows] == [
         ["0", "<|im_start|>", "prompt", "0"], ["1-4", "<|image_pad|>", "x", "4", "prompt", "0"],
         ["5", "a\\nb", "model", "1", "-0.6931", "-0.5108", "1.200", "-0.500"],
-        ["6", "\\x1b[31m", "model", "1", "-0.6931", "-0.9163", "0.800", "-0.500"], ["7", "ok", "tool", "0"]]
-    assert {row.index(role) for row, role in zip(rows, ("prompt", "prompt", "model", "model", "tool"))} == {36}
+        ["6", "\\x1b[31m", "model", "1", "-0.6931", "-0.9163", "0.800", "-0.500"],
+        ["7", "ok", "tool", "0"]]
+    assert {row.index(role) for row,
+            role in zip(rows, ("prompt", "prompt", "model", "model", "tool"))} == {36}
 
 
 @pytest.mark.parametrize("number", ["0", "5", "-1", "one", "1.5", "²"])
@@ -312,7 +358,7 @@ def test_without_recorded_tokens_there_is_no_table(tmp_path):
         report.show_episode("1", folder)
 
 
-# --- what a run records ------------------------------------------------------------------------------------------------
+# --- what a run records ---------------------------------------------------------------------------
 
 
 def test_tokens_are_those_of_the_episode_with_their_places(policy, samples, tools):
@@ -320,17 +366,21 @@ def test_tokens_are_those_of_the_episode_with_their_places(policy, samples, tool
                     generator=torch.Generator().manual_seed(3))
     logp = torch.arange(len(made.ids)) / 8
     kept = record.token_record(policy, made, logp)
-    assert len({len(column) for column in kept.values()}) == 1 and sum(kept["count"]) == len(made.ids)
+    assert len({len(column)
+                for column in kept.values()}) == 1 and sum(kept["count"]) == len(made.ids)
     position = 0
     for t, count in enumerate(kept["count"]):
         assert {int(kept["mask"][t])} == set(made.mask[position:position + count])
         assert count == 1 or set(made.ids[position:position + count]) == {policy.image_pad}
         if made.mask[position]:
-            assert kept["logp"][t] == logp[position] and abs(kept["logp_old"][t] - made.logp[position]) < 1e-5
+            assert kept["logp"][t] == logp[position] and abs(kept["logp_old"][t] - made.logp[
+                position]) < 1e-5
         position += count
     turn = made.turns[0]
-    assert kept["roles"].startswith("p" * kept["roles"].index("m")) and "p" not in kept["roles"].lstrip("p")
-    assert [len(entries) for entries in report.turn_tokens(kept)] == [t.stop - t.start for t in made.turns]
+    assert kept["roles"].startswith("p" * kept["roles"].index(
+        "m")) and "p" not in kept["roles"].lstrip("p")
+    assert [len(entries) for entries in report.turn_tokens(kept)] == [t.stop - t.start
+                                                                      for t in made.turns]
     written = "".join(kept["tokens"][t] for t in report.turn_tokens(kept)[0])
     assert written == turn.text + "<|im_end|>"
 
@@ -341,14 +391,19 @@ def test_bytes_that_are_no_text_are_escapes(policy):
     assert record.token_text(policy.tokenizer, policy.im_end) == "<|im_end|>"
 
 
-SHORT = ["--steps", "2", "--seed", "5", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "3", "--max-turns", "3",
+SHORT = ["--steps", "2", "--seed", "5", "--samples-per-step", "2", "--group-size", "4",
+         "--eval-samples", "3", "--max-turns", "3",
          "--eval-batch", "3", "--model", str(ROOT / "data" / "tiny")]
 
 
-def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, tools, monkeypatch):
-    """Against a forward pass of each episode alone; the advantages are given, so that there is something to learn."""
-    monkeypatch.setattr(grpo, "group_advantages", lambda totals, *more: torch.linspace(-1, 1, len(totals)))
-    config = Config(steps=2, samples_per_step=1, group_size=4, rollout_batch=64, lr=1e-3, inner_epochs=1, minibatches=1,
+def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, tools,
+                                                            monkeypatch):
+    """Against a forward pass of each episode alone; the advantages are
+    given, so that there is something to learn."""
+    monkeypatch.setattr(grpo, "group_advantages", lambda totals,
+                        *more: torch.linspace(-1, 1, len(totals)))
+    config = Config(steps=2, samples_per_step=1, group_size=4, rollout_batch=64, lr=1e-3,
+                    inner_epochs=1, minibatches=1,
                     micro_batch_tokens=400, update="rows", checkpointing="off",
                     max_new_tokens=40, max_turns=1, warmup=0, flat_groups="keep")
     trainer = arft.Trainer(fresh_policy, samples(("dark",), ("blur",)), tools, config)
@@ -359,9 +414,12 @@ def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, sample
             now, _ = grpo.episode_logp(fresh_policy, collate(fresh_policy, [one]))
         sampled = [t for t, mask in enumerate(one.mask) if mask]
         columns = [t for t, mask in enumerate(kept["mask"]) if mask == "1"]
-        assert [kept["logp"][t] for t in columns] == pytest.approx(now[0, sampled].tolist(), abs=1e-4)
-        assert [kept["logp_old"][t] for t in columns] == pytest.approx([one.logp[t] for t in sampled], abs=1e-4)
-    assert any(abs(a - b) > 1e-3 for kept in done["tokens"] for a, b in zip(kept["logp"], kept["logp_old"]))
+        assert [kept["logp"][t] for t in columns] == pytest.approx(now[0, sampled].tolist(),
+                                                                   abs=1e-4)
+        assert [kept["logp_old"][t]
+                for t in columns] == pytest.approx([one.logp[t] for t in sampled], abs=1e-4)
+    assert any(abs(a - b) > 1e-3 for kept in done["tokens"] for a,
+               b in zip(kept["logp"], kept["logp_old"]))
     config.record_tokens = "off"
     assert trainer.learn(trainer.sample())["tokens"] == []
 
@@ -373,13 +431,16 @@ def test_a_real_run_has_a_csv_that_equals_its_jsonl_and_a_report(tmp_path, capsy
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and "seconds_by_phase.decode" in rows[0]
     for row, values in zip(rows[1:], metrics):
-        assert dict(zip(rows[0], row)) == {k: "" if v is None else str(v) for k, v in record.flat({"warnings": []} | values).items()}
+        assert dict(zip(rows[0], row)) == {k: "" if v is None else str(v) for k,
+                                           v in record.flat({"warnings": []} | values).items()}
     said = capsys.readouterr().out
     assert said.count("watch the reward") == 1 and "gradient norm" in said
-    assert all(len(line) <= 100 for line in said.splitlines() if line.startswith(("step", "        ")))
+    assert all(len(line) <= 100 for line in said.splitlines()
+               if line.startswith(("step", "        ")))
     assert len(list(report.read_lines(out / "tokens.jsonl"))) == 8
     page = (out / "report.html").read_text()
-    assert page.count('class="case"') == 3 + 8 and "2 of 2 steps" in page and 'href="data:image/' in page
+    assert (page.count('class="case"') == 3 + 8 and "2 of 2 steps" in page
+            and 'href="data:image/' in page)
     assert "episode 8 of 8: step-2" in report.show_episode("8", out)
     report.write(out)
     assert (out / "report.html").read_text() == page
@@ -389,7 +450,8 @@ def test_an_evaluation_alone_has_a_report(tmp_path):
     out = tmp_path / "run"
     assert main([*SHORT, "--eval-only", "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    assert "evaluation only" in page and page.count('class="case"') == 3 and "before, sampled" in page
+    assert ("evaluation only" in page and page.count('class="case"') == 3
+            and "before, sampled" in page)
     assert not (out / "metrics.csv").exists()
 
 
@@ -401,12 +463,16 @@ def test_columns_of_the_csv_are_those_of_the_first_line(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({}, "the mean of the step's 4 updates"), ({"inner_epochs": 1, "minibatches": 1}, "about zero, but"),
-    ({"loss_type": "gspo"}, "about zero"), ({"loss_type": "dapo"}, None), ({"loss_type": "cispo"}, None),
+    ({}, "the mean of the step's 4 updates"),
+    ({"inner_epochs": 1, "minibatches": 1}, "about zero, but"),
+    ({"loss_type": "gspo"}, "about zero"), ({"loss_type": "dapo"}, None),
+    ({"loss_type": "cispo"}, None),
     ({"loss_type": "dr_grpo"}, None)])
 def test_the_zero_loss_is_explained_where_it_is_zero(options, words):
     config = Config(**{"inner_epochs": 2, "minibatches": 2} | options)
-    said = record.zero_loss_note(config, {"loss": -0.0017, "grad_norm": 0.42, "updates": 4, "zero_variance": 0.5})
+    said = record.zero_loss_note(config,
+                                 {"loss": -0.0017, "grad_norm": 0.42, "updates": 4,
+                                  "zero_variance": 0.5})
     assert said is None if words is None else words in " ".join(said.split()) and "-0.0017" in said
     nothing = {"loss": None, "grad_norm": None, "updates": None, "zero_variance": 1.0}
     only_kl = {"loss": 0.0, "grad_norm": 0.0, "updates": 4, "zero_variance": 1.0}
@@ -414,16 +480,20 @@ def test_the_zero_loss_is_explained_where_it_is_zero(options, words):
 
 
 def test_the_loss_is_as_zero_as_the_note_says(fresh_policy, samples, tools):
-    """One update on whole groups of unequal lengths: zero for grpo, which is explained; not zero for dapo, which is not."""
+    """One update on whole groups of unequal lengths: zero for grpo, which is
+    explained; not zero for dapo, which is not."""
     episodes = rollout(fresh_policy, samples(("dark",), ("blur",)), group_size=4, tools=tools,
-                       limits=Limits(max_new_tokens=40, max_turns=3), generator=torch.Generator().manual_seed(1))
+                       limits=Limits(max_new_tokens=40, max_turns=3),
+                       generator=torch.Generator().manual_seed(1))
     episodes.sort(key=lambda e: sum(e.mask))
     assert sum(episodes[0].mask) < sum(episodes[-1].mask)
     advantages = grpo.group_advantages(torch.arange(8.0), 8)
     for loss_type, low, high in (("grpo", 0, 1e-5), ("gspo", 0, 1e-5), ("dapo", 1e-2, 9)):
         config = Config(loss_type=loss_type, inner_epochs=1, minibatches=1,
-                        micro_batch_tokens=2048, update="tree", checkpointing="off", max_new_tokens=40)
-        stats = grpo.update(fresh_policy, None, episodes, advantages, torch.optim.SGD(fresh_policy.model.parameters(), 1e-9),
+                        micro_batch_tokens=2048, update="tree", checkpointing="off",
+                        max_new_tokens=40)
+        stats = grpo.update(fresh_policy, None, episodes, advantages,
+                            torch.optim.SGD(fresh_policy.model.parameters(), 1e-9),
                             config, torch.Generator()) | {"zero_variance": 0.0}
         assert low <= abs(stats["loss"]) <= high and stats["grad_norm"] > 1e-2
         assert (record.zero_loss_note(config, stats) is None) == (loss_type == "dapo")

@@ -1,4 +1,5 @@
-"""resume.py and --resume: whatever stops a run, the resumed one is the run that never stopped, bit for bit."""
+"""resume.py and --resume: whatever stops a run, the resumed one is the
+run that never stopped, bit for bit."""
 
 import errno
 import json
@@ -16,13 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import arft
 import grpo
-import record
-import resume
+from extras import record
+from extras import resume
 from arft import Config, main
 from conftest import ROOT
-from resume import RunError
+from extras.resume import RunError
 
-SHORT = ["--steps", "3", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32", "--eval-samples", "1",
+SHORT = ["--steps", "3", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32",
+         "--eval-samples", "1",
          "--max-turns", "1", "--eval-every", "2", "--inner-epochs", "1"]
 
 
@@ -34,8 +36,10 @@ class Killed(BaseException):
 def never_stopped(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main([*SHORT, "--out", str(out)]) == 0
-    start, end = (load_file(folder / "model.safetensors") for folder in (ROOT / "data" / "tiny", out / "model"))
-    assert any(not torch.equal(start[name], end[name]) for name in start), "a run that learns nothing shows nothing"
+    start, end = (load_file(folder / "model.safetensors")
+                  for folder in (ROOT / "data" / "tiny", out / "model"))
+    assert any(not torch.equal(start[name], end[name])
+               for name in start), "a run that learns nothing shows nothing"
     return out
 
 
@@ -57,19 +61,24 @@ def without_times(value):
 def assert_same_run(a: Path, b: Path):
     """Everything that two run folders say, but for seconds and the folder's own name."""
     for name in ("metrics.jsonl", "episodes.jsonl"):
-        assert without_times(resume.read_lines(a / name)) == without_times(resume.read_lines(b / name)), name
+        assert without_times(resume.read_lines(a / name)) == without_times(
+            resume.read_lines(b / name)), name
         assert (a / name).read_bytes().endswith(b"\n")
-    for name in ("summary.json", "predictions-before.json", "predictions-after.json", "best/best.json"):
-        assert without_times(json.loads((a / name).read_text())) == without_times(json.loads((b / name).read_text())), name
+    for name in ("summary.json", "predictions-before.json", "predictions-after.json",
+                 "best/best.json"):
+        assert without_times(json.loads((a / name).read_text())) == without_times(
+            json.loads((b / name).read_text())), name
     for name in ("model", "best"):
         first, second = (load_file(folder / name / "model.safetensors") for folder in (a, b))
         assert all(torch.equal(first[key], second[key]) for key in first | second), name
-    names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (a, b)]
+    names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+             for folder in (a, b)]
     assert names[0] == names[1]
 
 
 def stop_at_call(monkeypatch, module, name: str, number: int, stop):
-    """Replaces module.name: its call of that number (from 1) runs `stop` before it does its work."""
+    """Replaces module.name: its call of that number (from 1) runs `stop`
+    before it does its work."""
     true, calls = getattr(module, name), []
 
     def counted(*arguments, **more):
@@ -80,14 +89,15 @@ def stop_at_call(monkeypatch, module, name: str, number: int, stop):
     monkeypatch.setattr(module, name, counted)
 
 
-# --- killed -----------------------------------------------------------------------------------------------
+# --- killed ---------------------------------------------------------------------------------------
 
 
 def test_kill_9_in_the_middle_of_a_step(never_stopped, tmp_path, capsys):
     out, scratch = tmp_path / "run", tmp_path / "scratch"
     scratch.mkdir()
     process = subprocess.Popen([sys.executable, str(ROOT / "arft.py"), *SHORT, "--out", str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(scratch)})
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "TMPDIR": str(scratch)})
     while not (out / "checkpoint" / "step-000001.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.1)             # step 2 is being sampled
@@ -121,9 +131,11 @@ def test_killed_at_a_bad_moment(never_stopped, tmp_path, monkeypatch, moment, nu
             return true(*arguments, **more)
         return call
     with monkeypatch.context() as patch:
-        for module, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (record.Run, "append"), (arft, "evaluate")):
+        for module, name in ((os, "fsync"), (os, "replace"), (Path, "rename"),
+                             (record.Run, "append"), (arft, "evaluate")):
             patch.setattr(module, name, mortal(getattr(module, name)))
-        where = {"evaluation": (arft, "evaluate"), "append": (record.Run, "append"), "replace": (os, "replace"),
+        where = {"evaluation": (arft, "evaluate"), "append": (record.Run, "append"),
+                 "replace": (os, "replace"),
                  "rename": (Path, "rename")}[moment]
         stop_at_call(patch, *where, number, kill)
         with pytest.raises(Killed):
@@ -132,7 +144,8 @@ def test_killed_at_a_bad_moment(never_stopped, tmp_path, monkeypatch, moment, nu
     assert_same_run(out, never_stopped)
 
 
-def test_a_torn_last_line_and_a_damaged_checkpoint_cost_a_step_at_most(never_stopped, tmp_path, capsys):
+def test_a_torn_last_line_and_a_damaged_checkpoint_cost_a_step_at_most(never_stopped, tmp_path,
+                                                                       capsys):
     out = unfinished(never_stopped, tmp_path)
     for name in ("metrics.jsonl", "episodes.jsonl"):
         with open(out / name, "a") as file:
@@ -148,11 +161,13 @@ def test_a_torn_last_line_and_a_damaged_checkpoint_cost_a_step_at_most(never_sto
     assert_same_run(out, never_stopped)
 
 
-# --- stopped ----------------------------------------------------------------------------------------------
+# --- stopped --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number, steps", [(2, 1), (1, 0)])
-def test_ctrl_c_while_episodes_are_sampled_costs_that_step_alone(never_stopped, tmp_path, monkeypatch, capsys, number, steps):
+def test_ctrl_c_while_episodes_are_sampled_costs_that_step_alone(never_stopped, tmp_path,
+                                                                 monkeypatch, capsys, number,
+                                                                 steps):
     def interrupt():
         raise KeyboardInterrupt
     out = tmp_path / "run"
@@ -161,7 +176,8 @@ def test_ctrl_c_while_episodes_are_sampled_costs_that_step_alone(never_stopped, 
         stop_at_call(patch, arft, "score", 3, lambda: None)
         assert main([*SHORT, "--save-every", "2", "--out", str(out)]) == 130
     assert f"to go on from step {steps}: python arft.py --resume {out}" in capsys.readouterr().out
-    assert json.loads((out / "summary.json").read_text())["interrupted"] and (out / "model").exists() == (steps > 0)
+    assert (json.loads((out / "summary.json").read_text())["interrupted"]
+            and (out / "model").exists() == (steps > 0))
     assert main(["--resume", str(out), "--save-every", "1"]) == 0
     assert_same_run(out, never_stopped)
 
@@ -179,20 +195,22 @@ def test_sigterm_within_an_update_waits_for_its_end(never_stopped, tmp_path, mon
     assert_same_run(out, never_stopped)
 
 
-def test_an_update_that_was_cut_in_half_is_never_saved(never_stopped, tmp_path, monkeypatch, capsys):
+def test_an_update_that_was_cut_in_half_is_never_saved(never_stopped, tmp_path, monkeypatch,
+                                                       capsys):
     def twice():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_at_call(patch, torch.nn.utils, "clip_grad_norm_", 2, twice)        # after the first of two optimiser steps
+        # after the first of two optimiser steps
+        stop_at_call(patch, torch.nn.utils, "clip_grad_norm_", 2, twice)
         assert main([*SHORT, "--out", str(out)]) == 130
     assert "there is no model/ of it" in capsys.readouterr().out and not (out / "model").exists()
     assert main(["--resume", str(out)]) == 0
     assert_same_run(out, never_stopped)
 
 
-# --- other options, other files -----------------------------------------------------------------------------
+# --- other options, other files -------------------------------------------------------------------
 
 
 def refused(capsys, *arguments) -> str:
@@ -209,10 +227,12 @@ def test_a_finished_run_says_so_and_what_to_do(never_stopped, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--lr", "1"], "--lr 1.0: the run that is resumed has 0.0002"), (["--seed", "3"], "--seed 3"),
-    (["--loss-type", "dapo"], "has grpo"), (["--task", "2wiki"], "--task 2wiki"), (["--out", "x"], "--out x"),
+    (["--loss-type", "dapo"], "has grpo"), (["--task", "2wiki"], "--task 2wiki"),
+    (["--out", "x"], "--out x"),
     (["--steps", "9"], "falls to zero at step 3"), (["--check-data"], "--resume and --check-data"),
     (["--eval-only"], "--eval-only True")])
-def test_options_that_would_make_another_run_are_refused_by_name(never_stopped, capsys, arguments, words):
+def test_options_that_would_make_another_run_are_refused_by_name(never_stopped, capsys, arguments,
+                                                                 words):
     before = sorted((str(f), f.stat().st_mtime_ns) for f in never_stopped.rglob("*"))
     assert words in refused(capsys, "--resume", never_stopped, *arguments)
     assert before == sorted((str(f), f.stat().st_mtime_ns) for f in never_stopped.rglob("*"))
@@ -221,9 +241,11 @@ def test_options_that_would_make_another_run_are_refused_by_name(never_stopped, 
 def test_options_of_the_machine_may_differ_and_equal_ones_may_be_repeated(never_stopped, tmp_path):
     out = unfinished(never_stopped, tmp_path)
     config = arft.resumed(arft.given_options(
-        ["--resume", str(out), "--steps", "3", "--threads", "2", "--eval-every", "1", "--save-every", "7", "--device", "cpu"]))
+        ["--resume", str(out), "--steps", "3", "--threads", "2", "--eval-every", "1",
+         "--save-every", "7", "--device", "cpu"]))
     assert (config.steps, config.threads, config.eval_every, config.save_every) == (3, 2, 1, 7)
-    assert (config.samples_per_step, config.max_turns, config.out, config.lr) == (2, 1, str(out), 2e-4)
+    assert (config.samples_per_step, config.max_turns, config.out, config.lr) == (2, 1, str(out),
+            2e-4)
 
 
 def test_a_run_of_constant_rate_can_be_prolonged(tmp_path):
@@ -279,7 +301,7 @@ def test_a_run_that_is_still_running_is_left_alone(never_stopped, tmp_path, caps
         assert "is in use" in refused(capsys, "--resume", out)
 
 
-# --- the disk -------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_stops_the_run_and_costs_no_step(never_stopped, tmp_path, monkeypatch, capsys):
@@ -293,8 +315,10 @@ def test_a_full_disk_stops_the_run_and_costs_no_step(never_stopped, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         said = refused(capsys, *SHORT, "--out", out)
-    assert "No space left" in said and "checkpoint is of step 1" in said and f"--resume {out}" in said
-    assert sorted(f.name for f in (out / "checkpoint").iterdir()) == ["step-000000.pt", "step-000001.pt"]
+    assert ("No space left" in said and "checkpoint is of step 1" in said
+            and f"--resume {out}" in said)
+    assert sorted(f.name for f in (out / "checkpoint").iterdir()) == ["step-000000.pt",
+                                                                      "step-000001.pt"]
     assert main(["--resume", str(out)]) == 0
     assert_same_run(out, never_stopped)
 
@@ -347,13 +371,14 @@ def test_files_that_grow_are_cut_to_a_checkpoint_and_later_ones_go(tmp_path):
 def test_how_often_a_checkpoint_is_due(tmp_path):
     run = record.Run(Config(out=str(tmp_path / "run")))
     assert [run.checkpoint_due(step, 3) for step in (1, 2, 3, 6)] == [False, False, True, True]
-    run.saving, run.saved_at = 2.0, time.perf_counter() - 30        # 2 of 30 seconds are more than 5%, 2 of 50 are not
+    # 2 of 30 seconds are more than 5%, 2 of 50 are not
+    run.saving, run.saved_at = 2.0, time.perf_counter() - 30
     assert not run.checkpoint_due(1, 0)
     run.saved_at -= 20
     assert run.checkpoint_due(1, 0)
 
 
-# --- best/ ----------------------------------------------------------------------------------------------------
+# --- best/ ----------------------------------------------------------------------------------------
 
 
 def test_best_is_the_highest_exact_match_and_of_equals_the_first(tmp_path):
@@ -366,10 +391,11 @@ def test_best_is_the_highest_exact_match_and_of_equals_the_first(tmp_path):
         run.curve.append({"step": step, "greedy": em, "sampled": 0.0})
         run.keep_best(policy)
     assert (tmp_path / "run" / "best" / "weights").read_text() == "step 4"
-    assert json.loads((tmp_path / "run" / "best" / "best.json").read_text()) == {"step": 4, "em": 0.5}
+    assert json.loads((tmp_path / "run" / "best" / "best.json").read_text()) == {"step": 4,
+            "em": 0.5}
 
 
-# --- nothing is left over ---------------------------------------------------------------------------------------
+# --- nothing is left over -------------------------------------------------------------------------
 
 
 def test_a_run_leaves_no_process_file_or_directory_behind(tmp_path, monkeypatch):
@@ -378,7 +404,8 @@ def test_a_run_leaves_no_process_file_or_directory_behind(tmp_path, monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
 
     def open_files():
-        return {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{n}")}
+        return {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+                if os.path.exists(f"/proc/self/fd/{n}")}
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("needs /proc")
     def children():
@@ -387,10 +414,12 @@ def test_a_run_leaves_no_process_file_or_directory_behind(tmp_path, monkeypatch)
     true = arft.Trainer.sample
 
     def counted(trainer):
-        counts.append((len(os.listdir("/proc/self/fd")), len(children()), len(list(scratch.iterdir()))))
+        counts.append((len(os.listdir("/proc/self/fd")), len(children()),
+                       len(list(scratch.iterdir()))))
         return true(trainer)
     monkeypatch.setattr(arft.Trainer, "sample", counted)
-    assert main([*SHORT, "--steps", "6", "--eval-every", "0", "--max-new-tokens", "96", "--max-turns", "2",
+    assert main([*SHORT, "--steps", "6", "--eval-every", "0", "--max-new-tokens", "96",
+                 "--max-turns", "2",
                  "--out", str(tmp_path / "run")]) == 0
     assert len(set(counts[1:])) == 1, f"files, processes, scratch directories by step: {counts}"
     assert children() == family and not list(scratch.iterdir())
@@ -398,6 +427,7 @@ def test_a_run_leaves_no_process_file_or_directory_behind(tmp_path, monkeypatch)
 
 
 def test_resume_is_not_mixed_with_what_is_done_instead_of_a_run(capsys):
-    for instead in (["--report", "x"], ["--plan"], ["--save-merged", "x"], ["--show-episode", "1", "x"]):
+    for instead in (["--report", "x"], ["--plan"], ["--save-merged", "x"],
+                    ["--show-episode", "1", "x"]):
         assert main(["--resume", "x", *instead]) == 2
         assert f"--resume and {instead[0]} cannot be had at once" in capsys.readouterr().err

@@ -12,16 +12,18 @@ import pytest
 
 import rewards
 from data.mat import PROBLEMS, DataError, Sample
-from rewards import (SCORERS, compare, episode_reward, exact_match, f1, load_predictions, mean_ci95, normalize,
+from rewards import (SCORERS, compare, episode_reward, exact_match, f1, load_predictions, mean_ci95,
+                     normalize,
                      problem_reward, score_answer, score_predictions, summarize)
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "predictions"
 CODING_7B = PUBLISHED / "7b_mat_coding_grpo_step1400.json"
 BAMBOOGLE_7B = PUBLISHED / "7b_step200_bamboogle_web_n4.json"
-published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published predictions are not on this machine")
+published = pytest.mark.skipif(not PUBLISHED.exists(),
+                               reason="the published predictions are not on this machine")
 
 
-# --- one answer: by hand -------------------------------------------------------------------------------------------
+# --- one answer: by hand --------------------------------------------------------------------------
 
 
 def test_normalize_is_squads_for_english_and_keeps_only_signs_for_chinese():
@@ -30,7 +32,8 @@ def test_normalize_is_squads_for_english_and_keeps_only_signs_for_chinese():
     assert normalize("theatre") == "theatre"                    # an article is a word of its own
     assert normalize("软 件 The 工程。！") == "软件the工程"    # blanks go, articles stay, full-width signs go
     assert normalize("“Mona Lisa”") == "mona lisa"
-    assert normalize("“Mona Lisa”", chinese=False) == "“mona lisa”"       # the QA scorer knows ASCII signs only
+    # the QA scorer knows ASCII signs only
+    assert normalize("“Mona Lisa”", chinese=False) == "“mona lisa”"
 
 
 def test_f1_by_hand():
@@ -38,8 +41,10 @@ def test_f1_by_hand():
     # precision 3/6, recall 3/3, F1 = 2 * 0.5 * 1 / 1.5 = 2/3
     assert f1("The selected date is March 14, 2017.", "March 14, 2017") == pytest.approx(2 / 3)
     assert f1("Rome", "Paris") == 0.0
-    assert f1("", "Paris") == 0.0 and f1("Paris", "") == 0.0 and f1("", "") == 0.0      # no division by zero
-    assert exact_match("", "") == 1.0                                                   # as published
+    # no division by zero
+    assert f1("", "Paris") == 0.0 and f1("Paris", "") == 0.0 and f1("", "") == 0.0
+    # as published
+    assert exact_match("", "") == 1.0
 
 
 def test_chinese_is_compared_by_characters():
@@ -55,25 +60,32 @@ def test_the_published_f1_counts_distinct_tokens_over_full_lengths():
     assert f1("New York New York", "New York New York") == pytest.approx(0.5)
     # ... which an exact match mends, and only an exact match
     assert score_answer("New York New York", ["New York New York"]) == (1.0, 1.0)
-    assert score_answer("New York New York City", ["New York New York"])[0] == pytest.approx(2 * 2 / 9)
-    assert score_answer("New York New York City", ["New York New York"], "repaired")[0] == pytest.approx(2 * 4 / 9)
+    assert score_answer("New York New York City", ["New York New York"])[0] == pytest.approx(
+        2 * 2 / 9)
+    assert (score_answer("New York New York City", ["New York New York"], "repaired")[0]
+            == pytest.approx(2 * 4 / 9))
 
 
 def test_the_best_gold_counts_and_no_answer_is_zero():
     assert score_answer("NYC", ["New York", "NYC"]) == (1.0, 1.0)
-    assert score_answer("NYC", "NYC") == (1.0, 1.0)             # MAT-Search writes its one gold without a list
+    # MAT-Search writes its one gold without a list
+    assert score_answer("NYC", "NYC") == (1.0, 1.0)
     assert score_answer(None, ["NYC"]) == (0.0, 0.0)
     assert score_answer("nan", ["7"]) == (0.0, 0.0)
     assert score_answer("nan", ["NaN"]) == (1.0, 1.0)           # a text as any other
 
 
 def test_an_article_as_answer():
-    # Official: "A" is stripped to nothing. Nothing equals nothing, so "the" and "!" are as right as "A".
-    assert [score_answer(p, ["A"]) for p in ("A", "the", "!", "B")] == [(1.0, 1.0)] * 3 + [(0.0, 0.0)]
+    # Official: "A" is stripped to nothing. Nothing equals nothing, so "the" and "!" are as right as
+    # "A".
+    assert [score_answer(p, ["A"])
+            for p in ("A", "the", "!", "B")] == [(1.0, 1.0)] * 3 + [(0.0, 0.0)]
     assert [score_answer(p, ["A"], "repaired") for p in ("A", "a.")] == [(1.0, 1.0)] * 2
     assert [score_answer(p, ["A"], "repaired") for p in ("the", "!", "B")] == [(0.0, 0.0)] * 3
-    assert score_answer("A sunny day", ["A"], "repaired") == (pytest.approx(0.5), 0.0)     # 1 of 3 tokens, 1 of 1
-    assert score_answer("+", ["+"], "repaired") == (1.0, 1.0) and score_answer("-", ["+"], "repaired") == (0.0, 0.0)
+    # 1 of 3 tokens, 1 of 1
+    assert score_answer("A sunny day", ["A"], "repaired") == (pytest.approx(0.5), 0.0)
+    assert (score_answer("+", ["+"], "repaired") == (1.0, 1.0)
+            and score_answer("-", ["+"], "repaired") == (0.0, 0.0))
 
 
 def test_an_empty_gold_cannot_be_hit_by_saying_nothing():
@@ -94,7 +106,7 @@ def test_an_unknown_scorer_is_an_error():
         score_answer("x", ["x"], "fixed")
 
 
-# --- one answer: against an independent slow version, and properties -----------------------------------------------
+# --- one answer: against an independent slow version, and properties ------------------------------
 
 
 def slow_scores(prediction: str, gold: str) -> tuple[float, float]:
@@ -102,7 +114,8 @@ def slow_scores(prediction: str, gold: str) -> tuple[float, float]:
     def clean(text):
         kept = ""
         for char in text.lower():
-            full_width = 0xFF01 <= ord(char) <= 0xFF5E and chr(ord(char) - 0xFEE0) in string.punctuation
+            full_width = (0xFF01 <= ord(char) <= 0xFF5E
+                          and chr(ord(char) - 0xFEE0) in string.punctuation)
             if char not in string.punctuation and not full_width and char not in "“”‘’、。｡《》【】":
                 kept += char
         if re.search("[一-鿿]", kept):
@@ -122,7 +135,8 @@ def slow_scores(prediction: str, gold: str) -> tuple[float, float]:
 
 
 def random_text(rng: random.Random) -> str:
-    return "".join(rng.choice(["a", "the ", "b", "C", " ", "\n", ".", "！", "“", "中", "国", "ab ", "7"])
+    return "".join(rng.choice(["a", "the ", "b", "C", " ", "\n", ".", "！", "“", "中", "国", "ab ",
+                               "7"])
                    for _ in range(rng.randrange(9)))
 
 
@@ -148,7 +162,7 @@ def test_scores_stay_in_their_range_and_an_exact_match_is_worth_most(scorer):
             assert score_answer(golds[0], golds, scorer)[0] == 1.0 >= best_f1
 
 
-# --- an episode ----------------------------------------------------------------------------------------------------
+# --- an episode -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -173,12 +187,16 @@ class Episode:
     @property
     def answer(self):
         last = self.turns[-1] if self.turns else None
-        return last.action.value if last and last.finished and last.action.kind == "answer" else None
+        return (last.action.value if last and last.finished and last.action.kind == "answer"
+                else None)
 
 
-DOUBLE = Sample("1", "What is written?", ("4821 77",), None, problems=("rotation90", "dark"), split="train")
+DOUBLE = Sample("1", "What is written?", ("4821 77",), None, problems=("rotation90", "dark"),
+                split="train")
 RIGHT, WRONG = Turn(Action("problem", ("dark", "rotation90"))), Turn(Action("problem", ("blur",)))
-CODE, ANSWER, REFUSAL = Turn(Action("code", "...")), Turn(Action("answer", "4821 77")), Turn(Action("answer", "none"))
+CODE, ANSWER, REFUSAL = Turn(Action("code", "...")), Turn(Action("answer",
+                                                                 "4821 77")), Turn(Action("answer",
+        "none"))
 
 
 def reward(*turns, sample=DOUBLE, **options):
@@ -187,7 +205,8 @@ def reward(*turns, sample=DOUBLE, **options):
 
 def test_a_perfect_episode_earns_one_for_each_part():
     perfect = reward(RIGHT, CODE, ANSWER)
-    assert (perfect.answer, perfect.format, perfect.problem, perfect.em, perfect.total) == (1.0, 1.0, 1.0, 1.0, 3.0)
+    assert (perfect.answer, perfect.format, perfect.problem, perfect.em, perfect.total) == (1.0,
+            1.0, 1.0, 1.0, 3.0)
 
 
 def test_the_parts_by_hand():
@@ -195,13 +214,15 @@ def test_the_parts_by_hand():
     sloppy.action.strict = False
     # answer: 1 shared of 3 and 2 tokens: 2 * 1 / 5; format: 2 of 3 turns; problem: wrong
     part = reward(WRONG, CODE, sloppy)
-    assert (part.answer, part.format, part.problem, part.em) == (pytest.approx(0.4), pytest.approx(2 / 3), 0.0, 0.0)
+    assert (part.answer, part.format, part.problem, part.em) == (pytest.approx(0.4),
+                                                                 pytest.approx(2 / 3), 0.0, 0.0)
     assert part.total == pytest.approx(0.4 + 2 / 3)
 
 
 def test_weights_and_the_metric_of_the_answer():
     half = Turn(Action("answer", "4821"))           # F1 2/3, no exact match
-    assert reward(RIGHT, half, answer_weight=3, format_weight=0.5, problem_weight=0).total == pytest.approx(2.5)
+    assert (reward(RIGHT, half, answer_weight=3, format_weight=0.5, problem_weight=0).total
+            == pytest.approx(2.5))
     assert reward(RIGHT, half, answer_metric="em").answer == 0.0
     assert reward(RIGHT, ANSWER, answer_metric="em").answer == 1.0
     with pytest.raises(ValueError, match="f1 or em"):
@@ -225,11 +246,13 @@ def test_half_of_a_double_is_wrong_unless_the_authors_half_credit_is_chosen():
     gold = ("rotation90", "dark")
     assert [problem_reward(stated, gold) for stated in (("rotation90",), ("dark",))] == [0.0, 0.0]
     assert [problem_reward(stated, gold, rotation_credit=True)
-            for stated in (("rotation90",), ("dark",), ("rotation180",), gold)] == [0.5, 0.0, 0.0, 1.0]
+            for stated in (("rotation90",), ("dark",), ("rotation180",), gold)] == [0.5, 0.0, 0.0,
+            1.0]
     assert problem_reward(("rotation90", "blur"), gold, rotation_credit=True) == 0.0
     assert problem_reward(("rotation90",), gold + ("blur",), rotation_credit=True) == 0.0
     assert problem_reward(("rotation90",), ("rotation90",), rotation_credit=True) == 1.0
-    assert reward(Turn(Action("problem", ("rotation90",))), ANSWER, rotation_credit=True).total == 2.5
+    assert reward(Turn(Action("problem", ("rotation90",
+                              ))), ANSWER, rotation_credit=True).total == 2.5
 
 
 def test_a_sample_without_gold_problems_never_pays_for_a_diagnosis():
@@ -241,7 +264,8 @@ def test_what_stands_in_a_turn_that_was_cut_off_is_worth_nothing():
     def cut(turn):
         return Turn(turn.action, finished=False)
 
-    assert reward(RIGHT, CODE, cut(ANSWER)).total == pytest.approx(1.0 + 2 / 3)       # no answer, and 2 of 3 turns
+    # no answer, and 2 of 3 turns
+    assert reward(RIGHT, CODE, cut(ANSWER)).total == pytest.approx(1.0 + 2 / 3)
     assert reward(cut(RIGHT)).total == 0.0
     assert reward(RIGHT, CODE, cut(ANSWER)).total < reward(RIGHT, CODE, REFUSAL).total
 
@@ -258,19 +282,22 @@ def test_many_words_around_the_gold_and_many_turns_earn_less_or_nothing():
 
 def test_rewards_are_finite_and_in_range_whatever_was_written():
     rng = random.Random(2)
-    values = {"problem": [("dark",), (), ("nan",) * 3], "answer": ["", "nan", "inf", "4821 77", "中" * 999],
+    values = {"problem": [("dark",), (), ("nan",) * 3],
+              "answer": ["", "nan", "inf", "4821 77", "中" * 999],
               "code": [""], "malformed": [None], "search": ["x"]}
     for _ in range(2000):
         turns = []
         for _ in range(rng.randrange(6)):
             kind = rng.choice(list(values))
-            turns.append(Turn(Action(kind, rng.choice(values[kind]), rng.random() < 0.5), rng.random() < 0.8))
+            turns.append(Turn(Action(kind, rng.choice(values[kind]), rng.random() < 0.5),
+                              rng.random() < 0.8))
         result = reward(*turns, scorer=rng.choice(SCORERS), rotation_credit=rng.random() < 0.5)
-        assert all(0.0 <= x <= 1.0 for x in (result.answer, result.format, result.problem, result.em))
+        assert all(0.0 <= x <= 1.0
+                   for x in (result.answer, result.format, result.problem, result.em))
         assert math.isfinite(result.total) and 0.0 <= result.total <= 3.0
 
 
-# --- many answers --------------------------------------------------------------------------------------------------
+# --- many answers ---------------------------------------------------------------------------------
 
 
 @published
@@ -281,7 +308,8 @@ def test_the_papers_mat_coding_numbers_to_the_last_digit():
     def percent(part):
         return f"{100 * part['f1']:.2f}/{100 * part['em']:.2f}"
 
-    assert [percent(part) for part in (summary, simple, hard)] == ["50.67/34.50", "60.10/51.43", "45.60/25.38"]
+    assert [percent(part) for part in (summary, simple, hard)] == ["50.67/34.50", "60.10/51.43",
+                                                                   "45.60/25.38"]
     assert [part["n"] for part in (summary, simple, hard)] == [200, 70, 130]
 
 
@@ -290,14 +318,17 @@ def test_the_papers_bamboogle_numbers_to_the_last_digit():
     summary = score_predictions(BAMBOOGLE_7B, "bamboogle")
     assert (f"{100 * summary['f1']:.2f}", f"{100 * summary['em']:.2f}") == ("60.15", "48.80")
     assert summary["n"] == 125 and summary["splits"] == {}
-    assert sum(row["pred_answer"] is None for row in load_predictions(BAMBOOGLE_7B)) == 6       # and they count as zero
+    # and they count as zero
+    assert sum(row["pred_answer"] is None for row in load_predictions(BAMBOOGLE_7B)) == 6
 
 
 @published
 def test_what_the_chinese_rules_and_the_override_are_worth():
-    """Known of the same file, both without "an exact match makes F1 one": 49.07, and with the QA rules 45.78."""
+    """Known of the same file, both without "an exact match makes F1 one":
+    49.07, and with the QA rules 45.78."""
     rows = load_predictions(CODING_7B)
-    plain, as_qa = (np.mean([max(f1(row["pred_answer"], gold, chinese) for gold in row["gt"]) for row in rows])
+    plain, as_qa = (np.mean([max(f1(row["pred_answer"], gold, chinese) for gold in row["gt"])
+                             for row in rows])
                     for chinese in (True, False))
     assert (f"{100 * plain:.2f}", f"{100 * as_qa:.2f}") == ("49.07", "45.78")
 
@@ -315,19 +346,24 @@ def test_mending_only_the_line_breaks_gives_the_known_numbers_and_repaired_a_lit
 
 
 def test_summarize_by_hand():
-    samples = [Sample(str(i), "?", ("x y",), None, split=split) for i, split in enumerate(["simple", "simple", "hard"])]
+    samples = [Sample(str(i), "?", ("x y",), None, split=split) for i,
+               split in enumerate(["simple", "simple", "hard"])]
     summary = summarize(["x y", "x", None], samples)
-    assert (summary["n"], summary["em"], summary["f1"]) == (3, pytest.approx(1 / 3), pytest.approx((1 + 2 / 3) / 3))
+    assert (summary["n"], summary["em"], summary["f1"]) == (3, pytest.approx(1 / 3),
+                                                            pytest.approx((1 + 2 / 3) / 3))
     assert set(summary) == {"n", "em", "f1", "em_ci95", "f1_ci95", "splits"}
     assert summary["splits"]["simple"]["f1"] == pytest.approx((1 + 2 / 3) / 2)
-    assert summary["splits"]["hard"] == {"n": 1, "em": 0.0, "f1": 0.0, "em_ci95": [0.0, 0.0], "f1_ci95": [0.0, 0.0]}
-    assert json.loads(json.dumps(summary)) == summary           # it is written to summary.json as it is
+    assert summary["splits"]["hard"] == {"n": 1, "em": 0.0, "f1": 0.0, "em_ci95": [0.0, 0.0],
+                                         "f1_ci95": [0.0, 0.0]}
+    # it is written to summary.json as it is
+    assert json.loads(json.dumps(summary)) == summary
     with pytest.raises(ValueError, match="2 predictions for 3 samples"):
         summarize(["x", "y"], samples)
 
 
 def test_the_interval_is_the_bootstraps():
-    """Against the slow way, which draws items: the same percentiles up to the noise of 10,000 resamples."""
+    """Against the slow way, which draws items: the same percentiles up to
+    the noise of 10,000 resamples."""
     rng = np.random.default_rng(3)
     values = rng.choice([0.0, 0.4, 2 / 3, 1.0], size=80)
     slow = [values[rng.integers(0, 80, 80)].mean() for _ in range(10_000)]
@@ -337,12 +373,13 @@ def test_the_interval_is_the_bootstraps():
 
 
 def test_the_interval_has_the_width_that_theory_says():
-    low, high = mean_ci95([1.0] * 69 + [0.0] * 131)             # MAT-Coding's 34.5: one standard error is 3.36 points
+    # MAT-Coding's 34.5: one standard error is 3.36 points
+    low, high = mean_ci95([1.0] * 69 + [0.0] * 131)
     assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.345 * 0.655 / 200), rel=0.05)
     assert mean_ci95([0.5] * 7) == [0.5, 0.5]
 
 
-# --- prediction files ----------------------------------------------------------------------------------------------
+# --- prediction files -----------------------------------------------------------------------------
 
 
 def write(path: Path, rows) -> Path:
@@ -355,12 +392,15 @@ def test_splits_by_the_rows_own_field_else_by_its_id_else_by_its_place(tmp_path)
     rows = [{**row, "split": "hard"}, {**row, "split": "simple"}]
     own = score_predictions(write(tmp_path / "1.json", rows), "mat-coding")
     assert {name: part["n"] for name, part in own["splits"].items()} == {"simple": 1, "hard": 1}
-    # 199 rows, the seventh is missing: by place alone, as the authors' notebook counts, item 71 would become simple
+    # 199 rows, the seventh is missing: by place alone, as the authors' notebook counts, item 71
+    # would become simple
     rows = [{"id": i, **row} for i in range(1, 201) if i != 7]
     by_id = score_predictions(write(tmp_path / "2.json", rows), "mat-coding")
-    assert {name: part["n"] for name, part in by_id["splits"].items()} == {"simple": 69, "hard": 130}
+    assert {name: part["n"] for name, part in by_id["splits"].items()} == {"simple": 69,
+            "hard": 130}
     by_place = score_predictions(write(tmp_path / "3.json", [row] * 150), "mat-search")
-    assert {name: part["n"] for name, part in by_place["splits"].items()} == {"simple": 75, "hard": 75}
+    assert {name: part["n"] for name, part in by_place["splits"].items()} == {"simple": 75,
+            "hard": 75}
 
 
 @pytest.mark.parametrize("row, words", [
@@ -376,15 +416,19 @@ def test_a_wrong_row_is_named(tmp_path, row, words):
 
 
 def test_compare_by_hand(tmp_path):
-    rows = [{"id": i, "gt": ["x y"], "pred_answer": answer} for i, answer in enumerate(["x y", "x", None, "z"])]
+    rows = [{"id": i, "gt": ["x y"], "pred_answer": answer} for i,
+            answer in enumerate(["x y", "x", None, "z"])]
     a = write(tmp_path / "a.json", rows)
     b = write(tmp_path / "b.json", [{**row, "pred_answer": answer} for row, answer in
-                                    reversed(list(zip(rows, ["x", "x y", "q", "z"])))])     # the order does not matter
+                                    # the order does not matter
+                                    reversed(list(zip(rows, ["x", "x y", "q", "z"])))])
     result = compare(a, b, "mat-search")
     assert (result["n"], result["changed"]) == (4, 3)
     assert result["em"]["a"] == result["em"]["b"] == 0.25
-    assert result["f1"] | {"ci95": None} == {"a": pytest.approx(5 / 12), "b": pytest.approx(5 / 12), "ci95": None,
-                                             "difference": pytest.approx(0.0), "better": 1, "worse": 1}
+    assert result["f1"] | {"ci95": None} == {"a": pytest.approx(5 / 12), "b": pytest.approx(5 / 12),
+                                             "ci95": None,
+                                             "difference": pytest.approx(0.0), "better": 1,
+                                             "worse": 1}
     low, high = result["f1"]["ci95"]
     assert low < 0 < high and low == pytest.approx(-high, abs=0.05)
 
@@ -399,17 +443,23 @@ def test_items_without_ids_are_paired_by_their_query_and_repeated_queries_by_the
 
 def test_a_paired_interval_is_narrow_where_two_files_agree(tmp_path):
     rows = [{"id": i, "gt": ["x"], "pred_answer": "x" if i % 2 else "y"} for i in range(200)]
-    better = [{**row, "pred_answer": "x"} if row["id"] < 10 else row for row in rows]       # 5 more are right
-    result = compare(write(tmp_path / "a.json", rows), write(tmp_path / "b.json", better), "mat-coding")
+    # 5 more are right
+    better = [{**row, "pred_answer": "x"} if row["id"] < 10 else row for row in rows]
+    result = compare(write(tmp_path / "a.json", rows), write(tmp_path / "b.json", better),
+                     "mat-coding")
     low, high = result["em"]["ci95"]
-    assert result["changed"] == result["em"]["better"] == 5 and result["em"]["difference"] == pytest.approx(0.025)
-    assert 0 < low < 0.025 < high < 0.06            # 0: the gain is real, though each score alone is unsure by 0.07
+    assert (result["changed"] == result["em"]["better"] == 5
+            and result["em"]["difference"] == pytest.approx(0.025))
+    # 0: the gain is real, though each score alone is unsure by 0.07
+    assert 0 < low < 0.025 < high < 0.06
 
 
 def test_files_of_different_items_cannot_be_compared(tmp_path):
     a = write(tmp_path / "a.json", [{"id": 1, "gt": "x", "pred_answer": "x"}])
-    for other in ([{"id": 2, "gt": "x", "pred_answer": "x"}], [{"id": 1, "gt": "y", "pred_answer": "x"}],
-                  [{"id": 1, "gt": "x", "pred_answer": "x"}, {"id": 7, "gt": "x", "pred_answer": "x"}]):
+    for other in ([{"id": 2, "gt": "x", "pred_answer": "x"}],
+                  [{"id": 1, "gt": "y", "pred_answer": "x"}],
+                  [{"id": 1, "gt": "x", "pred_answer": "x"},
+                   {"id": 7, "gt": "x", "pred_answer": "x"}]):
         with pytest.raises(DataError, match="item '[127]'"):
             compare(a, write(tmp_path / "b.json", other), "mat-coding")
 

@@ -1,4 +1,5 @@
-"""Rollout: the laws of ids, log-probs and caches, and whole episodes with real tools played from a script."""
+"""Rollout: the laws of ids, log-probs and caches, and whole episodes
+with real tools played from a script."""
 
 import dataclasses
 from argparse import Namespace
@@ -13,7 +14,7 @@ from arft import Config
 from conftest import ROOT
 from data import mini
 from grpo import episode_logp, reference_of, update
-from pack import collate
+from extras.tree import collate
 from policy import load
 from rewards import episode_reward
 from rollout import Clock, Episode, Limits, Rows, begin, rollout
@@ -22,12 +23,14 @@ KINDS = (("dark",), ("crop",), ("rotation90", "blur"))
 
 
 def sampled(policy, samples, tools, group_size=4, seed=0, **limits):
-    return rollout(policy, samples, group_size=group_size, tools=tools, limits=Limits(**{"max_new_tokens": 96} | limits),
+    return rollout(policy, samples, group_size=group_size, tools=tools,
+                   limits=Limits(**{"max_new_tokens": 96} | limits),
                    generator=torch.Generator().manual_seed(seed))
 
 
 def play(monkeypatch, policy, scripts):
-    """Makes every row write its script's next turn instead of sampling. scripts: a list of turns for each row."""
+    """Makes every row write its script's next turn instead of sampling.
+    scripts: a list of turns for each row."""
     live = [list(script) for script in scripts]
 
     def scripted(rows, limits, generator):
@@ -53,7 +56,8 @@ def problem(*labels):
 
 
 def code(*lines):
-    body = "\n".join(["from PIL import Image", "image = Image.open('path_to_input_image.jpg')", *lines,
+    body = "\n".join(["from PIL import Image", "image = Image.open('path_to_input_image.jpg')",
+                      *lines,
                       "image.save('path_to_output_image.jpg')"])
     return f"<think>I repair it.</think>\n<code>\n```python\n{body}\n```\n</code>"
 
@@ -62,15 +66,17 @@ def answer(text):
     return f"<think>I read it.</think>\n<answer>{text}</answer>"
 
 
-# --- law 1: ids are the truth ---------------------------------------------------------------------------
+# --- law 1: ids are the truth ---------------------------------------------------------------------
 
 
 def test_append_takes_everything_or_nothing(samples, policy):
     episode = begin(policy, samples(("dark",)))[0]
     before = (len(episode.ids), len(episode.mask), len(episode.logp), len(episode.images))
     image = episode.images[0]
-    for bad in (dict(ids=[1, 2], mask=1, logp=[0.0]), dict(ids=[1], mask=1), dict(ids=[1], mask=0, logp=[0.0]),
-                dict(ids=[1], mask=1, logp=[0.0], images=[image]), dict(ids=[1], mask=0, images=[image]),
+    for bad in (dict(ids=[1, 2], mask=1, logp=[0.0]), dict(ids=[1], mask=1),
+                dict(ids=[1], mask=0, logp=[0.0]),
+                dict(ids=[1], mask=1, logp=[0.0], images=[image]),
+                dict(ids=[1], mask=0, images=[image]),
                 dict(ids=[1], mask=0, holders=1)):
         with pytest.raises(ValueError):
             episode.append(**bad)
@@ -89,7 +95,7 @@ def test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action(policy
         assert all(p == 0.0 for p, m in zip(episode.logp, episode.mask) if not m)
 
 
-# --- law 2: what was sampled is what is scored --------------------------------------------------------------
+# --- law 2: what was sampled is what is scored ----------------------------------------------------
 
 
 def largest_difference(policy, episodes):
@@ -100,17 +106,21 @@ def largest_difference(policy, episodes):
 
 
 def test_sampled_and_scored_log_probs_agree(policy, samples, tools):
-    """Over whole episodes with tool images, rows of different lengths and padding, in one padded batch."""
+    """Over whole episodes with tool images, rows of different lengths and
+    padding, in one padded batch."""
     episodes = sampled(policy, samples(*KINDS, ("none",)), tools, temperature=1.0)
     assert len({len(e.ids) for e in episodes}) > 3 and len({len(e.turns) for e in episodes}) > 1
-    assert any(len(e.images) > 1 for e in episodes), "no episode has a tool image: this would prove nothing"
+    assert any(len(e.images) > 1
+               for e in episodes), "no episode has a tool image: this would prove nothing"
     assert largest_difference(policy, episodes) < 1e-4
 
 
 def break_positions(monkeypatch, policy):
-    """Text after an image goes on from its last column + 1 for every id of the image (1-D counting)."""
+    """Text after an image goes on from its last column + 1 for every id of
+    the image (1-D counting)."""
     true = type(policy).positions
-    monkeypatch.setattr(policy, "positions", lambda ids, images: true(policy, ids, images) if len(images) < 2
+    monkeypatch.setattr(policy, "positions", lambda ids,
+                        images: true(policy, ids, images) if len(images) < 2
                         else torch.arange(len(ids)).expand(3, -1))
 
 
@@ -120,13 +130,15 @@ def break_mask(monkeypatch, policy):
 
     def hidden(ids, positions, attention, features, cache=None):
         by_hand = attention is not None and attention.dim() == 4
-        return true(policy, ids, positions, torch.ones_like(attention) if by_hand else attention, features, cache)
+        return true(policy, ids, positions, torch.ones_like(attention) if by_hand else attention,
+                    features, cache)
     monkeypatch.setattr(policy, "hidden", hidden)
 
 
 def break_cache(monkeypatch, policy):
     """The prompts are repeated in the wrong order: rows of one sample continue another's cache."""
-    monkeypatch.setattr(Rows, "repeat", lambda self, times: self.keep(list(range(len(self.last))) * times))
+    monkeypatch.setattr(Rows, "repeat", lambda self,
+                        times: self.keep(list(range(len(self.last))) * times))
 
 
 def break_last_id(monkeypatch, policy):
@@ -139,13 +151,15 @@ def break_last_id(monkeypatch, policy):
 
 
 @pytest.mark.parametrize("sabotage", [break_positions, break_mask, break_cache, break_last_id])
-def test_the_check_notices_a_broken_position_mask_or_cache(policy, samples, tools, monkeypatch, sabotage):
+def test_the_check_notices_a_broken_position_mask_or_cache(policy, samples, tools, monkeypatch,
+                                                           sabotage):
     sabotage(monkeypatch, policy)
     assert largest_difference(policy, sampled(policy, samples(*KINDS, ("none",)), tools)) > 1e-3
 
 
 def test_cached_logits_equal_one_full_forward(policy, samples, tools, monkeypatch):
-    """The hidden state after each observation, from the kept cache, against a forward over the whole list."""
+    """The hidden state after each observation, from the kept cache, against
+    a forward over the whole list."""
     states = []
     original = Rows.feed
 
@@ -159,17 +173,21 @@ def test_cached_logits_equal_one_full_forward(policy, samples, tools, monkeypatc
     starts = [turn.start for turn in episode.turns]
     batch = collate(policy, episodes)
     with torch.no_grad():
-        hidden = policy.hidden(batch.ids, batch.positions, batch.attention, policy.features(batch.images))
+        hidden = policy.hidden(batch.ids, batch.positions, batch.attention,
+                               policy.features(batch.images))
         for start, state in zip(starts, states):
-            torch.testing.assert_close(policy.model.lm_head(state[0]), policy.model.lm_head(hidden[0, start - 1]),
+            torch.testing.assert_close(policy.model.lm_head(state[0]),
+                                       policy.model.lm_head(hidden[0, start - 1]),
                                        atol=1e-4, rtol=1e-4)
 
 
 def test_samples_follow_the_distribution(policy):
-    """20,000 draws from one hidden state: the frequencies are the probabilities, within four standard errors."""
+    """20,000 draws from one hidden state: the frequencies are the
+    probabilities, within four standard errors."""
     rows = Rows(policy, Limits())
     rows._all(20_000)
-    hidden = torch.randn(1, policy.model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(1, policy.model.config.text_config.hidden_size,
+                         generator=torch.Generator().manual_seed(1))
     rows.last = hidden.expand(20_000, -1)
     with torch.no_grad():
         ids, logp = rows.sample(0.7, torch.Generator().manual_seed(0))
@@ -190,7 +208,8 @@ def test_greedy_episodes_do_not_depend_on_their_neighbours(policy, samples, tool
 
 def test_the_same_seed_gives_the_same_episodes(policy, samples, tools):
     first, again, other = (sampled(policy, samples(*KINDS), tools, seed=s) for s in (5, 5, 6))
-    assert [e.ids for e in first] == [e.ids for e in again] and [e.logp for e in first] == [e.logp for e in again]
+    assert [e.ids for e in first] == [e.ids for e in again] and [e.logp for e in first] == [e.logp
+            for e in again]
     assert [e.ids for e in first] != [e.ids for e in other]
 
 
@@ -202,33 +221,40 @@ def test_barred_ids_are_never_sampled(policy, samples, tools):
             return out + 100 * self.model.lm_head.weight[self.image_pad]
     eager = Eager(policy.model, policy.tokenizer, policy.image_processor, policy.system_prompt)
     for episode in sampled(eager, samples(("dark",)), tools, max_new_tokens=10):
-        assert not set(i for i, m in zip(episode.ids, episode.mask) if m) & {policy.image_pad, policy.im_start}
+        assert not set(i for i, m in zip(episode.ids, episode.mask) if m) & {policy.image_pad,
+                policy.im_start}
 
 
-# --- the batch: written in place, narrowed, recorded -----------------------------------------------------------
+# --- the batch: written in place, narrowed, recorded ----------------------------------------------
 
 
 def same_episodes(first, second):
     assert [e.ids for e in first] == [e.ids for e in second]
-    torch.testing.assert_close([p for e in first for p in e.logp], [p for e in second for p in e.logp], atol=1e-4, rtol=0)
+    torch.testing.assert_close([p for e in first for p in e.logp],
+                               [p for e in second for p in e.logp], atol=1e-4, rtol=0)
 
 
 def test_a_rows_ids_fill_its_slots_without_holes(policy, samples, tools, monkeypatch):
-    """Whenever a piece has been fed, each row has exactly its episode's ids in the cache, however ragged the turns were."""
+    """Whenever a piece has been fed, each row has exactly its episode's ids in
+    the cache, however ragged the turns were."""
     lengths, expected = [], []
     feed, positions = Rows.feed, type(policy).positions
-    monkeypatch.setattr(Rows, "feed", lambda self, *arguments: (feed(self, *arguments), lengths.append(self.length.tolist())))
-    monkeypatch.setattr(policy, "positions", lambda ids, images: (expected.append(len(ids)), positions(policy, ids, images))[1])
+    monkeypatch.setattr(Rows, "feed", lambda self,
+                        *arguments: (feed(self, *arguments), lengths.append(self.length.tolist())))
+    monkeypatch.setattr(policy, "positions", lambda ids,
+                        images: (expected.append(len(ids)), positions(policy, ids, images))[1])
     sampled(policy, samples(*KINDS), tools)
     assert len(lengths) > 2 and len(set(lengths[-1])) > 1
     assert [n for fed in lengths for n in fed] == expected
 
 
 def test_rows_that_leave_during_a_turn_change_nothing(policy, samples, tools, monkeypatch):
-    """Narrowed at every chance or never, the same seed samples the same ids: the draws are made for all rows."""
+    """Narrowed at every chance or never, the same seed samples the same ids:
+    the draws are made for all rows."""
     widths = []
     step = Rows.step
-    monkeypatch.setattr(Rows, "step", lambda self, ids, active: (widths.append(len(ids)), step(self, ids, active))[1])
+    monkeypatch.setattr(Rows, "step", lambda self, ids,
+                        active: (widths.append(len(ids)), step(self, ids, active))[1])
     monkeypatch.setattr(rollout_module, "NARROW_FROM", 1)
     narrowed = sampled(policy, samples(*KINDS), tools)
     assert len(set(widths)) > 3 and min(widths) == 1
@@ -255,7 +281,8 @@ def test_whoever_is_left_comes_to_the_front(policy, samples, active):
 
 
 def test_asking_seldom_who_is_left_changes_nothing(policy, samples, tools, monkeypatch):
-    """As on a GPU: up to seven steps for nobody at the end of a turn. (Greedy: the draws would differ.)"""
+    """As on a GPU: up to seven steps for nobody at the end of a turn.
+    (Greedy: the draws would differ.)"""
     often = sampled(policy, samples(*KINDS), tools, temperature=0.0)
     monkeypatch.setitem(rollout_module.ASK_EVERY, "cpu", 8)
     same_episodes(often, sampled(policy, samples(*KINDS), tools, temperature=0.0))
@@ -264,7 +291,8 @@ def test_asking_seldom_who_is_left_changes_nothing(policy, samples, tools, monke
 def test_prompts_prefilled_in_parts_change_nothing(policy, samples, tools, monkeypatch):
     """Two rows at a time, each part with its own images."""
     at_once = sampled(policy, samples(*KINDS), tools)
-    monkeypatch.setattr(rollout_module, "PREFILL_IDS", 2 * max(len(e.ids) for e in begin(policy, samples(*KINDS))))
+    monkeypatch.setattr(rollout_module, "PREFILL_IDS",
+                        2 * max(len(e.ids) for e in begin(policy, samples(*KINDS))))
     calls = []
     forward = Rows._forward
     monkeypatch.setattr(Rows, "_forward", lambda self, rows, ids, *more: (
@@ -285,7 +313,8 @@ def static_rows(monkeypatch, record):
 
 
 def test_the_step_that_a_gpu_records_is_the_same_step(policy, samples, tools, monkeypatch):
-    """The static step of the CUDA graph, run without recording: the same episodes; one recording for a width and turn."""
+    """The static step of the CUDA graph, run without recording: the same
+    episodes; one recording for a width and turn."""
     plain = sampled(policy, samples(*KINDS), tools)
     recorded = []
     static_rows(monkeypatch, lambda step, device: (recorded.append(step.__self__.width), step)[1])
@@ -295,11 +324,13 @@ def test_the_step_that_a_gpu_records_is_the_same_step(policy, samples, tools, mo
 
 
 class NothingAsked(TorchDispatchMode):
-    """Fails on what a CUDA graph cannot hold: a value read by the program, a tensor made from the program's numbers."""
+    """Fails on what a CUDA graph cannot hold: a value read by the program, a
+    tensor made from the program's numbers."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()      # some are called otherwise in inference mode
-        asking = ("local_scalar", "lift_fresh", "masked_select", "is_nonzero", "::nonzero", "::item", "resolve_conj")
+        asking = ("local_scalar", "lift_fresh", "masked_select", "is_nonzero", "::nonzero",
+                  "::item", "resolve_conj")
         assert not any(word in name for word in asking), name
         chosen = [i for i in (args[1] if name == "aten::index.Tensor" else []) if i is not None]
         assert all(i.dtype != torch.bool for i in chosen), "how many a mask chooses is a value, too"
@@ -307,14 +338,16 @@ class NothingAsked(TorchDispatchMode):
 
 
 def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, tools, monkeypatch):
-    """Whenever a recording is replayed, its tensors are where they were and as wide; all slots are in its attention."""
+    """Whenever a recording is replayed, its tensors are where they were and
+    as wide; all slots are in its attention."""
     recorded, replayed = [], []
 
     def record(step, device):
         rows, number = step.__self__, len(recorded)
 
         def state():
-            tensors = [rows.ids, rows.length, rows.position, rows.last, *(b for pair in rows.cache.buffers for b in pair)]
+            tensors = [rows.ids, rows.length, rows.position, rows.last,
+                       *(b for pair in rows.cache.buffers for b in pair)]
             return rows.width, rows.cache.slots, [tensor.data_ptr() for tensor in tensors]
 
         def replay():
@@ -331,27 +364,33 @@ def test_the_recorded_step_asks_nothing_and_its_tensors_stay(policy, samples, to
 
 
 def test_bfloat16_samples_and_learns(samples, tools):
-    """As on a GPU, with its rounding: a log-prob is scored within some hundredths of what was sampled, and logged so."""
+    """As on a GPU, with its rounding: a log-prob is scored within some
+    hundredths of what was sampled, and logged so."""
     policy = load(str(ROOT / "data" / "tiny"), dtype=torch.bfloat16)
     episodes = sampled(policy, samples(*KINDS), tools, max_new_tokens=64)
     before = [weight.clone() for weight in policy.model.parameters()]
-    stats = update(policy, reference_of(policy), episodes, torch.tensor([1.0, -1.0] * 6), torch.optim.AdamW(
+    stats = update(policy, reference_of(policy), episodes, torch.tensor([1.0, -1.0] * 6),
+                   torch.optim.AdamW(
         policy.model.parameters(), lr=1e-3), Config(
-            max_new_tokens=64, inner_epochs=2, minibatches=2, micro_batch_tokens=1024, update="rows", checkpointing="off"), torch.Generator())
+            max_new_tokens=64, inner_epochs=2, minibatches=2, micro_batch_tokens=1024,
+            update="rows", checkpointing="off"), torch.Generator())
     assert 0 < stats["logp_error"] < 0.2, "rounding shows, and is no more than rounding"
-    assert stats["updates"] == 4 and stats["skipped_updates"] == 0 and 0 < stats["entropy"] < 1 and stats["kl"] > 0
+    assert (stats["updates"] == 4 and stats["skipped_updates"] == 0 and 0 < stats["entropy"] < 1
+            and stats["kl"] > 0)
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
-    assert all(weight.dtype == torch.bfloat16 and weight.isfinite().all() for weight in policy.model.parameters())
+    assert all(weight.dtype == torch.bfloat16 and weight.isfinite().all()
+               for weight in policy.model.parameters())
 
 
 def test_the_benchmarks_episodes_are_sampled_as_ever(capsys):
-    """tests/bench_gpu.py measures the loop above: its episodes' log-probs are those of one forward over their ids."""
+    """tests/measure/bench_gpu.py measures the loop above: its episodes' log-probs are those of one forward over their ids."""
     bench = bench_gpu.make_policy("tiny")
     args = Namespace(device="cpu", samples=2, group=2, turns=3, tokens=5, side=56, micro_batch=2,
                      micro_batch_tokens=512, generate="on")
     bench_gpu.report(bench, args)
     said = capsys.readouterr().out
-    assert all(word in said for word in ("decode", "bandwidth", "generate", "update", "whole step", "MAT-Coding, 200"))
+    assert all(word in said for word in ("decode", "bandwidth", "generate", "update", "whole step",
+                                         "MAT-Coding, 200"))
     assert not bench.barred[bench.im_end]
     bench.barred[bench.im_end] = True
     prompts, replies = bench_gpu.make_prompts(bench, args), bench_gpu.observations(bench, args)
@@ -360,19 +399,23 @@ def test_the_benchmarks_episodes_are_sampled_as_ever(capsys):
     assert largest_difference(bench, episodes) < 1e-4
 
 
-# --- whole episodes, from a script ------------------------------------------------------------------------------
+# --- whole episodes, from a script ----------------------------------------------------------------
 
 
-def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, samples, tools, monkeypatch):
+def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, samples, tools,
+                                                                   monkeypatch):
     sample, = samples(("rotation90",))
     gold = sample.golds[0]
-    play(monkeypatch, policy, [[problem("rotation90"), code("image = image.rotate(-90)"), answer(gold)]])
+    play(monkeypatch, policy,
+         [[problem("rotation90"), code("image = image.rotate(-90)"), answer(gold)]])
     episode, = sampled(policy, [sample], tools, group_size=1)
     assert [t.action.kind for t in episode.turns] == ["problem", "code", "answer"]
-    assert [t.observation for t in episode.turns] == [rollout_module.REPLY_PROBLEM, rollout_module.REPLY_IMAGE, None]
+    assert [t.observation for t in episode.turns] == [rollout_module.REPLY_PROBLEM,
+                                                      rollout_module.REPLY_IMAGE, None]
     assert episode.answer == gold and episode.ended == "answer" and len(episode.images) == 2
     turned = sample.open_image().rotate(-90)
-    difference = abs(torch.tensor(list(turned.tobytes())).float() - torch.tensor(list(episode.view.tobytes())).float())
+    difference = abs(torch.tensor(list(turned.tobytes())).float() - torch.tensor(list(
+        episode.view.tobytes())).float())
     assert difference.mean() < 6       # the program saved a JPEG: nearly the same picture
     reward = episode_reward(episode)
     assert (reward.answer, reward.format, reward.problem) == (1.0, 1.0, 1.0)
@@ -383,7 +426,9 @@ def test_answering_at_once_is_worth_less_than_working(policy, samples, tools, mo
     sample, = samples(("dark",))
     gold = sample.golds[0]
     wrong = "13" if gold != "13" else "14"
-    play(monkeypatch, policy, [[answer(wrong)], [problem("dark"), code("image = image.point(lambda v: v * 6)"), answer(gold)]])
+    play(monkeypatch, policy,
+         [[answer(wrong)], [problem("dark"), code("image = image.point(lambda v: v * 6)"),
+                            answer(gold)]])
     lazy, working = sampled(policy, [sample], tools, group_size=2)
     assert episode_reward(lazy).total == 1.0 and episode_reward(working).total == 3.0
 
@@ -391,11 +436,13 @@ def test_answering_at_once_is_worth_less_than_working(policy, samples, tools, mo
 def test_what_goes_wrong_goes_back_to_the_model(policy, samples, tools, monkeypatch):
     play(monkeypatch, policy, [
         [code("raise ValueError('no')"), answer("1")], [code("image = image.rotate("), answer("1")],
-        ["no tags at all", answer("1")], ["<think>I search.</think><search>x</search>", answer("1")],
+        ["no tags at all", answer("1")],
+        ["<think>I search.</think><search>x</search>", answer("1")],
         [problem("none"), answer("1")]])
     episodes = sampled(policy, samples(("dark",)), tools, group_size=5)
     said = [e.turns[0].observation for e in episodes]
-    assert "ValueError" in said[0] and "SyntaxError" in said[1] and said[2].startswith("Not understood: ")
+    assert "ValueError" in said[0] and "SyntaxError" in said[1] and said[2].startswith(
+        "Not understood: ")
     assert said[3] == rollout_module.REPLY_NO_SEARCH and said[4] == rollout_module.REPLY_NONE
     assert all(e.answer == "1" and len(e.images) == 1 for e in episodes)
 
@@ -421,7 +468,7 @@ def test_with_tools_off_the_image_stays_as_it_was(policy, samples, monkeypatch):
     assert episode.view.tobytes() == sample.open_image().tobytes() and len(episode.images) == 2
 
 
-# --- how episodes end ---------------------------------------------------------------------------------------------
+# --- how episodes end -----------------------------------------------------------------------------
 
 
 def test_every_way_to_end(policy, samples, tools, monkeypatch):
@@ -429,11 +476,13 @@ def test_every_way_to_end(policy, samples, tools, monkeypatch):
                                [problem("dark") + "...", answer("1")]])
     episodes = sampled(policy, samples(("dark",)), tools, group_size=4, max_turns=3)
     assert [e.ended for e in episodes] == ["answer", "turns", "cut", "cut"]
-    assert [e.answer for e in episodes] == ["1", None, None, None], "an answer without its end of turn is none"
+    assert [e.answer for e in episodes] == ["1", None, None,
+                                            None], "an answer without its end of turn is none"
     assert episodes[1].turns[-1].observation is None
 
 
-def test_an_observation_that_does_not_fit_ends_the_episode_before_it(policy, samples, tools, monkeypatch):
+def test_an_observation_that_does_not_fit_ends_the_episode_before_it(policy, samples, tools,
+                                                                     monkeypatch):
     """Nothing is truncated, an image least of all: ids and images stay as they were (law 5)."""
     sample, = samples(("dark",))
     turn = code("image = image.rotate(180)")
@@ -447,7 +496,8 @@ def test_an_observation_that_does_not_fit_ends_the_episode_before_it(policy, sam
 
 def test_the_clock_counts_every_phase(policy, samples, tools):
     clock = Clock()
-    rollout(policy, samples(("dark",)), group_size=2, tools=tools, generator=torch.Generator(), clock=clock,
+    rollout(policy, samples(("dark",)), group_size=2, tools=tools, generator=torch.Generator(),
+            clock=clock,
             limits=dataclasses.replace(Limits(), max_new_tokens=64))
     assert set(clock.seconds) >= {"vision", "prefill", "decode", "tools"}
 

@@ -1,7 +1,8 @@
-"""tools.py and jail.py, claim by claim: first the parser, then what an honest program gets, then what a hostile one
-does not.
+"""tools.py and jail.py, claim by claim: first the parser, then what an honest program gets, then
+what a hostile one does not.
 
-Every attack here is a real one: `test_the_attack_works_where_there_is_no_wall` runs the same lines in a sandbox whose
+Every attack here is a real one: `test_the_attack_works_where_there_is_no_wall` runs the same lines
+in a sandbox whose
 walls are left out and sees them succeed.  No test asserts a time.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-import jail
+from extras import jail
 import tools
 from tools import Action, Sandbox, SandboxError, parse
 
@@ -29,12 +30,13 @@ ALL = tuple(jail.LAYERS)
 NO_IMAGE = f"no image was written to {jail.OUTPUT}"
 
 
-# --- The parser ------------------------------------------------------------------------------------------------------
+# --- The parser -----------------------------------------------------------------------------------
 
 PAPER_TURNS = {     # as the released models write them
     "problem": ("<think>The picture is turned.</think>\n<problem> {'rotation90', 'dark'} </problem>",
                 ("rotation90", "dark")),
-    "code": ("<think> First turn it. </think>\n<code>\n```python\nfrom PIL import Image\nx = 1\n```\n</code>",
+    "code": ("<think> First turn it. </think>\n<code>\n```python\nfrom PIL import Image\nx = "
+             "1\n```\n</code>",
              "from PIL import Image\nx = 1"),
     "search": ("<think>Who is it?</think>\n<search> architect of the Atomium </search>",
                "architect of the Atomium"),
@@ -75,7 +77,8 @@ def test_text_around_the_tags_is_run_but_earns_no_format_reward(kind, change):
     ("{'dark''}", ("dark",), False),
 ])
 def test_labels_in_any_spelling(body, labels, strict):
-    assert parse(f"<think>t</think><problem>{body}</problem>") == Action("problem", labels, None, strict)
+    assert parse(f"<think>t</think><problem>{body}</problem>") == Action("problem", labels, None,
+            strict)
 
 
 @pytest.mark.parametrize("body, program, strict", [
@@ -109,7 +112,8 @@ def test_programs_with_and_without_a_fence(body, program, strict):
     ("<think>t</think><think>t</think><answer>1</answer>", "<think> occurs twice"),
     ("<think>t</think><answer>1</answer></answer>", "<answer> occurs twice"),
     ("<answer>1<answer></answer>", "<answer> occurs twice"),
-    ("<think>t</think><search>a</search><answer>1</answer>", "two actions in one turn: <search> and <answer>"),
+    ("<think>t</think><search>a</search><answer>1</answer>",
+     "two actions in one turn: <search> and <answer>"),
     ("<think>t</think><answer> \n </answer>", "<answer> is empty"),
     ("<think>t</think><problem>{ , '' }</problem>", "<problem> is empty"),
     ("<think>t</think><code>\n```python\n```\n</code>", "<code> is empty"),
@@ -157,7 +161,7 @@ def test_a_fault_ends_the_reading(monkeypatch):
     assert len(seen) == 2
 
 
-# --- What an honest program gets -------------------------------------------------------------------------------------
+# --- What an honest program gets ------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def box():
@@ -172,7 +176,8 @@ def picture():
 
 
 def program(*lines: str) -> str:
-    """A program that opens the input, does `lines`, and writes PNG content under the paper's .jpg name."""
+    """A program that opens the input, does `lines`, and writes PNG content
+    under the paper's .jpg name."""
     return "\n".join(["from PIL import Image", f"image = Image.open('{jail.INPUT}')", *lines,
                       f"image.save('{jail.OUTPUT}', format='PNG')"])
 
@@ -198,18 +203,23 @@ def healthy(sandbox, picture) -> bool:
     (["# 旋转图片，然后变亮", "from PIL import ImageEnhance", "def 变亮(图片, 倍数=2.0):",
       "    return ImageEnhance.Brightness(图片).enhance(倍数)", "image = 变亮(image)"],
      lambda p: ImageEnhance.Brightness(p).enhance(2.0)),
-    (["try:", "    image = image.no_such_method()", "except AttributeError:", "    image = image.convert('L')"],
+    (["try:", "    image = image.no_such_method()", "except AttributeError:",
+      "    image = image.convert('L')"],
      lambda p: p.convert("L")),
-    (["import PIL.ImageOps as ops", "def flip(x): return ops.mirror(turn(x))", "def turn(x): return ops.flip(x)",
-      "if __name__ == '__main__':", "    image = flip(image)"], lambda p: ImageOps.mirror(ImageOps.flip(p))),
+    (["import PIL.ImageOps as ops", "def flip(x): return ops.mirror(turn(x))",
+      "def turn(x): return ops.flip(x)",
+      "if __name__ == '__main__':", "    image = flip(image)"],
+     lambda p: ImageOps.mirror(ImageOps.flip(p))),
     (["from dataclasses import dataclass", "@dataclass", "class Box:", "    left: int = 3",
       "import pickle", "image = image.crop((pickle.loads(pickle.dumps(Box())).left, 0, 9, 9))"],
      lambda p: p.crop((3, 0, 9, 9))),
-    (["import tempfile, os", "with tempfile.NamedTemporaryFile(suffix='.png') as file:", "    image.save(file.name)",
+    (["import tempfile, os", "with tempfile.NamedTemporaryFile(suffix='.png') as file:",
+      "    image.save(file.name)",
       "    image = Image.open(file.name); image.load()"], lambda p: p),
     (["image = image.convert('RGBA').convert('P')"], lambda p: p.convert("RGBA").convert("P")),
     (["import sys; sys.exit"], lambda p: p),
-], ids=["rotate", "crop and enlarge", "numpy", "Chinese", "try", "functions", "dataclass", "temporary file", "palette",
+], ids=["rotate", "crop and enlarge", "numpy", "Chinese", "try", "functions", "dataclass",
+        "temporary file", "palette",
         "nothing"])
 def test_an_ordinary_program_gives_exactly_the_right_pixels(box, picture, lines, expected):
     assert same(box.run(program(*lines), picture), expected(picture))
@@ -224,7 +234,8 @@ def test_a_jpeg_is_a_jpeg(box, picture):
 
 @pytest.mark.parametrize("function", ["copy", "copy2", "copyfile", "move"])
 def test_the_input_is_lossless_and_files_can_be_copied(box, picture, function):
-    assert same(box.run(f"import shutil\nshutil.{function}('{jail.INPUT}', '{jail.OUTPUT}')", picture), picture)
+    assert same(box.run(f"import shutil\nshutil.{function}('{jail.INPUT}', '{jail.OUTPUT}')",
+                        picture), picture)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -242,7 +253,8 @@ def test_opencv(box, picture):
 
 @pytest.mark.skipif(bool(find_spec("cv2")), reason="OpenCV is installed")
 def test_without_opencv_the_error_says_so(box, picture):
-    assert box.run("x = 1\nimport cv2", picture).error == "ModuleNotFoundError: No module named 'cv2' (line 2)"
+    assert box.run("x = 1\nimport cv2",
+                   picture).error == "ModuleNotFoundError: No module named 'cv2' (line 2)"
 
 
 @pytest.mark.parametrize("code, error", [
@@ -251,7 +263,8 @@ def test_without_opencv_the_error_says_so(box, picture):
     ("x = (", "SyntaxError: '(' was never closed (line 1)"),
     ("x = 1\n  y = 2", "IndentationError: unexpected indent (line 2)"),
     ("\0", "source code string cannot contain null bytes"),
-    ("from PIL import Image\nImage.open('nothing.jpg')", "FileNotFoundError: [Errno 2] No such file or directory: "
+    ("from PIL import Image\nImage.open('nothing.jpg')",
+     "FileNotFoundError: [Errno 2] No such file or directory: "
      "'nothing.jpg' (line 2)"),
     ("assert False", "AssertionError (line 1)"),
     ("raise KeyboardInterrupt", "KeyboardInterrupt (line 1)"),
@@ -274,13 +287,16 @@ def test_what_is_printed_comes_back_in_order(box, picture):
 
 
 def test_long_output_keeps_its_beginning_and_its_end(box, picture):
-    text = box.run("print('first')\nfor i in range(100000): print(i)\nprint('旋' * 10)\nprint('last')", picture).stdout
+    text = box.run(
+        "print('first')\nfor i in range(100000): print(i)\nprint('旋' * 10)\nprint('last')",
+        picture).stdout
     assert text.startswith("first\n0\n1\n") and text.endswith("last\n") and "left out" in text
     assert len(text) < tools.OUTPUT_CHARACTERS + 100
 
 
 def test_the_same_program_gives_the_same_result(picture):
-    code = program("import random, numpy as np", "print(random.random(), np.random.rand(), {'a', 'b', 'c', 'dark'})",
+    code = program("import random, numpy as np",
+                   "print(random.random(), np.random.rand(), {'a', 'b', 'c', 'dark'})",
                    "import os; print(os.getcwd(), os.path.abspath('x')); open('nothing/x')")
     results = []
     for _ in range(2):
@@ -295,7 +311,8 @@ def test_map_keeps_the_order_and_runs_equal_jobs_once(box, picture, monkeypatch)
     clock = "import time\nprint(time.perf_counter_ns())"
     twin = picture.copy()       # equal pixels, another object
     other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    jobs = [(clock, picture), (f"print({1})", picture), (clock, twin), (clock, other)] + [(clock, picture)] * 4
+    jobs = [(clock, picture), (f"print({1})", picture), (clock, twin),
+            (clock, other)] + [(clock, picture)] * 4
     results = box.map(iter(jobs))
     assert [result is results[0] for result in results] == [True, False, True, False] + [True] * 4
     assert results[1].stdout == "1\n" and results[3].stdout != results[0].stdout
@@ -303,9 +320,11 @@ def test_map_keeps_the_order_and_runs_equal_jobs_once(box, picture, monkeypatch)
 
 
 def test_a_hundred_at_once(box, picture):
-    codes = [f"print({i})\n" + ("1 / 0", "import os; os._exit(1)", "import ctypes; ctypes.string_at(0)", "")[i % 4]
+    codes = [f"print({i})\n"
+             + ("1 / 0", "import os; os._exit(1)", "import ctypes; ctypes.string_at(0)", "")[i % 4]
              for i in range(100)]
-    assert [result.stdout for result in box.map([(code, picture) for code in codes])] == [f"{i}\n" for i in range(100)]
+    assert [result.stdout for result in box.map([(code, picture) for code in codes])] == [f"{i}\n"
+            for i in range(100)]
 
 
 def test_many_threads_share_a_sandbox(box, picture):
@@ -324,25 +343,31 @@ def test_many_threads_share_a_sandbox(box, picture):
 
 def test_importing_tools_is_light():
     code = "import sys, tools; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    output = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(tools.__file__), capture_output=True)
+    output = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(tools.__file__),
+                            capture_output=True)
     assert output.stdout == b"False False\n"
 
 
-# --- What a hostile program does not get -----------------------------------------------------------------------------
+# --- What a hostile program does not get ----------------------------------------------------------
 
 SECRET = "the gold answer is 42"
-READING, WRITING = "landlock chroot", "landlock chroot"     # walls that stop it alone, all others left out
-# name: (the walls that stop it alone, landlock from this version on if it has a number; lines).  {file}: a file of ours
-# with a secret, {dir}: its directory, {pid}: a process of ours, {port}: a server of ours, {unix}: an abstract socket.
+# walls that stop it alone, all others left out
+READING, WRITING = "landlock chroot", "landlock chroot"
+# name: (the walls that stop it alone, landlock from this version on if it has a number; lines).
+# {file}: a file of ours with a secret, {dir}: its directory, {pid}: a process of ours, {port}: a
+# server of ours, {unix}: an abstract socket.
 ATTACKS = {
     "read a file": (READING, "open({file!r}).read()"),
     "read it through the C library": (READING, "import ctypes; c = ctypes.CDLL(None)\n"
                                       "assert c.open({file!r}.encode(), 0) >= 0"),
-    "read it through ..": (READING, "import os; open(os.path.relpath({file!r}, os.getcwd() or '/')).read()"),
-    "read it through a link": (READING + " seccomp", "import os; os.symlink({file!r}, 'link'); open('link').read()"),
+    "read it through ..": (READING,
+                           "import os; open(os.path.relpath({file!r}, os.getcwd() or '/')).read()"),
+    "read it through a link": (READING + " seccomp",
+                               "import os; os.symlink({file!r}, 'link'); open('link').read()"),
     "read it by a directory's descriptor": (READING, "import os; d = os.open({dir!r}, os.O_PATH)\n"
                                             "os.open(os.path.basename({file!r}), 0, dir_fd=d)"),
-    "make it readable first": (READING, "import os; os.chmod({file!r}, 0o777); open({file!r}).read()"),
+    "make it readable first": (READING,
+                               "import os; os.chmod({file!r}, 0o777); open({file!r}).read()"),
     "list a directory": (READING, "import os; assert os.listdir({dir!r})"),
     "read the user list": (READING, "open('/etc/passwd').read()"),
     "read the trainer's environment": (READING, "open('/proc/{pid}/environ').read()"),
@@ -351,9 +376,11 @@ ATTACKS = {
     "read one's own process": (READING, "open('/proc/self/maps').read()"),
     "write a file": (WRITING, "open({dir!r} + '/new', 'w').write('x')"),
     "append to a file": (WRITING, "open({file!r}, 'a').write('x')"),
-    "empty a file by opening it": (WRITING, "import os; os.open({file!r}, os.O_WRONLY | os.O_TRUNC)"),
+    "empty a file by opening it": (WRITING,
+                                   "import os; os.open({file!r}, os.O_WRONLY | os.O_TRUNC)"),
     "empty a file that is opened for reading": (WRITING + " seccomp",
-                                                "import os; os.open({file!r}, os.O_RDONLY | os.O_TRUNC)"),
+                                                "import os; os.open({file!r}, os.O_RDONLY | "
+                                                "os.O_TRUNC)"),
     "empty it with neither reading nor writing": ("landlock3 chroot seccomp",
                                                   "import os; os.open({file!r}, 3 | os.O_TRUNC)"),
     "truncate a file": ("landlock3 chroot seccomp", "import os; os.truncate({file!r}, 0)"),
@@ -364,11 +391,13 @@ ATTACKS = {
     "make a directory": (WRITING + " seccomp", "import os; os.mkdir({dir!r} + '/new')"),
     "leave the scratch directory": ("chroot seccomp", "import os; os.chdir({dir!r})"),
     "listen on TCP": ("landlock4 seccomp", "import socket; socket.create_server(('127.0.0.1', 0))"),
-    "connect over TCP": ("landlock4 seccomp", "import socket; socket.create_connection(('127.0.0.1', {port}), 2)"),
+    "connect over TCP": ("landlock4 seccomp",
+                         "import socket; socket.create_connection(('127.0.0.1', {port}), 2)"),
     "send a datagram": ("seccomp", "import socket; socket.socket(type=socket.SOCK_DGRAM)"
                         ".sendto(b'x', ('127.0.0.1', {port}))"),
     "connect to an abstract socket": ("landlock6 seccomp",
-                                      "import socket; socket.socket(socket.AF_UNIX).connect({unix!r})"),
+                                      "import socket; "
+                                      "socket.socket(socket.AF_UNIX).connect({unix!r})"),
     "make a pair of sockets": ("seccomp", "import socket; socket.socketpair()"),
     "fork": ("seccomp", "import os\nif os.fork() == 0: os._exit(0)"),
     "run a command": ("seccomp", "import subprocess; subprocess.run(['true'], check=True)"),
@@ -378,7 +407,8 @@ ATTACKS = {
     "signal the trainer": ("landlock6 seccomp", "import os; os.kill({pid}, 0)"),
     "make the kernel signal the trainer": ("seccomp", "import fcntl, os; r, w = os.pipe(); "
                                            "fcntl.fcntl(r, fcntl.F_SETOWN, {pid})"),
-    "limit the trainer": ("seccomp", "import resource; resource.prlimit({pid}, resource.RLIMIT_CORE)"),
+    "limit the trainer": ("seccomp",
+                          "import resource; resource.prlimit({pid}, resource.RLIMIT_CORE)"),
     "share memory with the next": ("seccomp", "import ctypes; c = ctypes.CDLL(None)\n"
                                    "assert c.shmget(0x41524654, 4096, 0o1666) >= 0"),
     "make memory that is no file": ("seccomp", "import os; os.memfd_create('x')"),
@@ -401,7 +431,8 @@ def victim(tmp_path):
     unix.bind(f"\0arft-{os.getpid()}")
     unix.listen()
     process = subprocess.Popen(["sleep", "60"])
-    yield {"file": str(file), "dir": str(tmp_path), "pid": process.pid, "port": tcp.getsockname()[1],
+    yield {"file": str(file), "dir": str(tmp_path), "pid": process.pid,
+           "port": tcp.getsockname()[1],
            "unix": unix.getsockname().decode()}
     process.kill()
     process.wait()
@@ -412,7 +443,8 @@ def victim(tmp_path):
 def attack(sandbox, victim, picture, name: str) -> str:
     lines = textwrap.indent(ATTACKS[name][1].format(**victim), "    ")
     stdout = sandbox.run(f"try:\n{lines}\n    print('it worked')\n"
-                         "except Exception as problem:\n    print('refused:', repr(problem))", picture).stdout
+                         "except Exception as problem:\n    print('refused:', repr(problem))",
+                         picture).stdout
     assert stdout.startswith(("it worked", "refused: ")), stdout
     return stdout
 
@@ -424,7 +456,8 @@ def test_the_attack_is_refused(box, victim, picture, name):
     assert attack(box, victim, picture, name).startswith("refused: ")
     assert open(victim["file"]).read() == SECRET and os.listdir(victim["dir"]) == ["gold.json"]
     after = os.stat(victim["file"])
-    assert (after.st_mode, after.st_mtime, after.st_nlink) == (before.st_mode, before.st_mtime, before.st_nlink)
+    assert (after.st_mode, after.st_mtime, after.st_nlink) == (before.st_mode, before.st_mtime,
+                                                               before.st_nlink)
     assert healthy(box, picture)
 
 
@@ -453,9 +486,11 @@ def test_what_each_wall_stops_alone(victim, picture, wall):
             pytest.skip(f"this machine has no {wall}")
         names = {wall}
         if wall == "landlock":
-            names |= {f"landlock{version}" for version in range(1, 1 + jail.kernel("syscall", 444, None, 0, 1))}
+            names |= {f"landlock{version}"
+                      for version in range(1, 1 + jail.kernel("syscall", 444, None, 0, 1))}
         stopped = {name for name in ATTACKS if names & set(ATTACKS[name][0].split())}
-        worked = {name for name in stopped if attack(sandbox, victim, picture, name) == "it worked\n"}
+        worked = {name for name in stopped if attack(sandbox, victim, picture, name)
+                  == "it worked\n"}
     assert not worked
 
 
@@ -466,8 +501,10 @@ def test_nothing_of_the_trainer_is_inherited(picture, monkeypatch, tmp_path):
         file.write(SECRET)
         file.flush()
         os.set_inheritable(file.fileno(), True)
-        stdout = sandbox.run("import os, sys\nprint(dict(os.environ), sys.argv)\nfor fd in range(3, 1024):\n"
-                             "    try:\n        print(os.pread(fd, 100, 0))\n    except OSError: pass", picture).stdout
+        stdout = sandbox.run(
+            "import os, sys\nprint(dict(os.environ), sys.argv)\nfor fd in range(3, 1024):\n"
+                             "    try:\n        print(os.pread(fd, 100, 0))\n    except OSError: "
+                             "pass", picture).stdout
     assert SECRET not in stdout and "API_KEY" not in stdout and "PATH" in stdout
 
 
@@ -508,13 +545,16 @@ def hasty():
 @pytest.mark.parametrize("code", [
     "while True: pass",
     "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
-    "import signal\nfor s in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU): signal.signal(s, "
+    "import signal\nfor s in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU): "
+    "signal.signal(s, "
     "signal.SIG_IGN)\nwhile True: pass",
-    "import re\nre.match('(a*)*b', 'a' * 50)",                  # inside C, where no Python exception arrives
+    # inside C, where no Python exception arrives
+    "import re\nre.match('(a*)*b', 'a' * 50)",
     "import time\ntime.sleep(1000)",
     "import os\nos.read(os.pipe()[0], 1)",
     "class Sticky:\n    def __del__(self):\n        while True: pass\nsticky = Sticky()",
-], ids=["loop", "loop that catches all", "loop that ignores signals", "regular expression", "sleep", "pipe",
+], ids=["loop", "loop that catches all", "loop that ignores signals", "regular expression", "sleep",
+        "pipe",
         "destructor"])
 def test_time_is_limited(hasty, picture, code):
     execution = hasty.run("print('started')\n" + code, picture)
@@ -528,8 +568,10 @@ def test_time_is_limited(hasty, picture, code):
     ("import mmap\nmmap.mmap(-1, 2 << 30)", "Cannot allocate memory"),
     ("with open('x', 'wb') as file:\n    file.truncate(1 << 40)", "File too large"),
     ("with open('x', 'wb') as file:\n    while True: file.write(bytes(1 << 20))", "File too large"),
-    ("import os\nos.closerange(0, 2)\nfiles = [open('x', 'w') for _ in range(100)]", "Too many open files"),
-    ("import time\nfor i in range(300):\n    open(f'{i}', 'wb').write(bytes(1 << 20))\ntime.sleep(100)",
+    ("import os\nos.closerange(0, 2)\nfiles = [open('x', 'w') for _ in range(100)]",
+     "Too many open files"),
+    ("import time\nfor i in range(300):\n    open(f'{i}', 'wb').write(bytes(1 << "
+     "20))\ntime.sleep(100)",
      "wrote more than 256 MB or 1000 files"),
     ("import time\nfor i in range(1100): open(f'{i}', 'w').close()\ntime.sleep(100)",
      "wrote more than 256 MB or 1000 files"),
@@ -551,7 +593,8 @@ def test_a_limit_is_an_observation(box, picture, code, words):
 
 
 def test_memory_that_a_program_still_holds_does_not_cost_its_image(box, picture):
-    code = program("image = image.resize((1500, 1500))") + "\nheld = []\nimport numpy\ntry:\n    while True: " \
+    code = program(
+        "image = image.resize((1500, 1500))") + "\nheld = []\nimport numpy\ntry:\n    while True: " \
         "held.append(numpy.empty(1 << 20, 'uint8'))\nexcept MemoryError: print(len(held) > 500)"
     execution = box.run(code, picture)
     assert execution.stdout == "True\n" and same(execution, picture.resize((1500, 1500)))
@@ -559,15 +602,21 @@ def test_memory_that_a_program_still_holds_does_not_cost_its_image(box, picture)
 
 @pytest.mark.skipif(not LINUX, reason="/proc is Linux's")
 def test_the_second_lines_of_defence_are_up(picture):
-    """Walls that no attack above gets as far as: seen in /proc, from a sandbox that lets it be read."""
+    """Walls that no attack above gets as far as: seen in /proc, from a
+    sandbox that lets it be read."""
     with Sandbox(workers=1, without=("landlock", "chroot")) as sandbox:
-        text = sandbox.run("for line in open('/proc/self/status'):\n    if line[:3] in ('Cap', 'NoN', 'Sec'):"
-                           " print(*line.split())\nfor line in open('/proc/self/limits'):\n    print(*line.split())",
+        text = sandbox.run(
+            "for line in open('/proc/self/status'):\n    if line[:3] in ('Cap', 'NoN', 'Sec'):"
+                           " print(*line.split())\nfor line in open('/proc/self/limits'):\n    "
+                           "print(*line.split())",
                            picture).stdout
-    for line in ("CapEff: 0000000000000000", "CapPrm: 0000000000000000", "NoNewPrivs: 1", "Seccomp: 2",
-                 "Max cpu time 11 12 seconds", "Max core file size 0 0 bytes", "Max processes 0 0 processes"):
+    for line in ("CapEff: 0000000000000000", "CapPrm: 0000000000000000", "NoNewPrivs: 1",
+                 "Seccomp: 2",
+                 "Max cpu time 11 12 seconds", "Max core file size 0 0 bytes",
+                 "Max processes 0 0 processes"):
         assert line in text
-    memory = re.search(r"Max address space (\d+) ", text)        # what was asked for, and the interpreter that was forked
+    # what was asked for, and the interpreter that was forked
+    memory = re.search(r"Max address space (\d+) ", text)
     assert memory and 1024 << 20 < int(memory[1]) < 4096 << 20
 
 
@@ -579,7 +628,8 @@ def png(width: int, height: int, rows: bytes = b"") -> bytes:
     import zlib
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I",
+                                                                        zlib.crc32(name + body))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -593,7 +643,8 @@ def png(width: int, height: int, rows: bytes = b"") -> bytes:
     (png(64, 48)[:40], "cannot be read as an image"),
     (b"", "cannot be read as an image"),
     (b"%PDF-1.4", "cannot be read as an image"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image"),   # would start ghostscript
+    # would start ghostscript
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image"),
     (b"GIF89a" + b"\xff" * 100, "cannot be read as an image"),
 ])
 def test_a_hostile_image_is_an_error(box, picture, content, words):
@@ -603,11 +654,13 @@ def test_a_hostile_image_is_an_error(box, picture, content, words):
 
 @pytest.mark.parametrize("make", [f"import os\nos.symlink('{{file}}', {jail.OUTPUT!r})",
                                   f"import os\nos.symlink({jail.INPUT!r}, {jail.OUTPUT!r})",
-                                  f"import os\nos.mkfifo({jail.OUTPUT!r})", f"import os\nos.mkdir({jail.OUTPUT!r})",
+                                  f"import os\nos.mkfifo({jail.OUTPUT!r})",
+                                  f"import os\nos.mkdir({jail.OUTPUT!r})",
                                   f"import os\nos.link('{{file}}', {jail.OUTPUT!r})"])
 @pytest.mark.parametrize("walls", [True, False], ids=["walls", "no walls"])
 def test_the_output_must_be_an_ordinary_file(box, open_box, picture, tmp_path, make, walls):
-    """With walls an exotic file cannot be made; without them it is not read, except a hard link: it is a file."""
+    """With walls an exotic file cannot be made; without them it is not read,
+    except a hard link: it is a file."""
     picture.save(tmp_path / "gold.png")
     code = make.replace("{file}", str(tmp_path / "gold.png"))
     execution = (box if walls else open_box).run(code, picture)
@@ -642,7 +695,8 @@ for fd in range(3, 32):
     ("struct.pack('<III', 9, 9, 0) + bytes(243)", "os.abort()"),
 ])
 def test_the_reply_cannot_be_forged(hasty, picture, reply, end):
-    """What the trainer reads after the program's end is checked, and the next reply is the next program's."""
+    """What the trainer reads after the program's end is checked, and the
+    next reply is the next program's."""
     worker = hasty._workers[0]._process
     execution = hasty.run(FORGE.format(reply=reply) + end, picture)
     assert execution.image is None and execution.error
@@ -669,7 +723,8 @@ while True: pass
 
 
 def test_a_program_that_says_itself_that_it_is_done_has_ended_itself(hasty, picture):
-    """It is killed at once, and the picture that it forged is no more than one that it could have saved."""
+    """It is killed at once, and the picture that it forged is no more than
+    one that it could have saved."""
     worker = hasty._workers[0]._process
 
     def forge(forged: str):
@@ -686,8 +741,11 @@ def test_a_program_that_says_itself_that_it_is_done_has_ended_itself(hasty, pict
 
 
 def test_a_program_holds_no_socket(box, picture):
-    """The child may receive its job, a call that is left to the program: there is nothing to receive from."""
-    stdout = box.run("import os, stat\nfor fd in range(1024):\n    try: print(stat.S_ISSOCK(os.fstat(fd).st_mode))\n"
+    """The child may receive its job, a call that is left to the program:
+    there is nothing to receive from."""
+    stdout = box.run(
+        "import os, stat\nfor fd in range(1024):\n    try: "
+        "print(stat.S_ISSOCK(os.fstat(fd).st_mode))\n"
                      "    except OSError: pass", picture).stdout
     assert set(stdout.split()) == {"False"}
 
@@ -696,7 +754,8 @@ def test_the_rehearsal_is_a_program_that_works_and_leaves_nothing(box, picture):
     execution = box.run(jail.REHEARSAL, picture)
     assert execution.error is None and execution.image.size == (64, 64)
     look = "import os, warnings\nfrom PIL import Image\nprint(os.listdir(), Image.MAX_IMAGE_PIXELS, dir())"
-    names = ["Image", "__builtins__", "__doc__", "__loader__", "__name__", "__package__", "__spec__", "os", "warnings"]
+    names = ["Image", "__builtins__", "__doc__", "__loader__", "__name__", "__package__",
+             "__spec__", "os", "warnings"]
     assert box.run(look, picture).stdout == f"['{jail.INPUT}'] {Image.MAX_IMAGE_PIXELS} {names}\n"
 
 
@@ -739,7 +798,8 @@ def test_an_interrupted_call_does_not_answer_the_next_one(picture, monkeypatch):
 
 def test_ctrl_c_at_the_terminal_does_not_reach_the_workers(box):
     sessions = [os.getsid(worker._process.pid) for worker in box._workers]
-    assert sessions == [worker._process.pid for worker in box._workers] and os.getsid(0) not in sessions
+    assert sessions == [worker._process.pid
+                        for worker in box._workers] and os.getsid(0) not in sessions
 
 
 def test_a_sandbox_outlives_the_thread_that_made_it(picture):
@@ -752,7 +812,8 @@ def test_a_sandbox_outlives_the_thread_that_made_it(picture):
 
 
 def test_a_full_disk_is_an_observation(picture, tmp_path, monkeypatch):
-    """A file system of 512 KB takes the place of the temporary directory; the input image alone is larger."""
+    """A file system of 512 KB takes the place of the temporary directory;
+    the input image alone is larger."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
@@ -775,7 +836,8 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition) -> bool:
-    """Give the other processes some time; a generous end, which a passing test does not come near."""
+    """Give the other processes some time; a generous end, which a passing
+    test does not come near."""
     for _ in range(600):
         if condition():
             return True
@@ -807,7 +869,8 @@ def test_no_process_and_no_file_survives_a_killed_trainer(tmp_path):
 
 @pytest.mark.skipif(not LINUX, reason="parent death signals are Linux's")
 def test_a_program_does_not_outlive_a_killed_worker(box, picture):
-    """The program prints its process id and is then without a zygote; the trainer starts another and tries again."""
+    """The program prints its process id and is then without a zygote; the
+    trainer starts another and tries again."""
     with Sandbox(workers=1, seconds=3) as sandbox:
         thread = threading.Thread(target=sandbox.run, args=("import time\ntime.sleep(60)", picture))
         thread.start()
@@ -846,7 +909,8 @@ def test_closing_does_not_wait_for_a_program(picture):
     with Sandbox(workers=1, seconds=1000) as sandbox:
         thread = threading.Thread(target=work)
         thread.start()
-        assert wait_for(lambda: os.path.exists(os.path.join(sandbox._workers[0]._base, "run", jail.INPUT)))
+        assert wait_for(lambda: os.path.exists(os.path.join(sandbox._workers[0]._base, "run",
+                                                            jail.INPUT)))
     thread.join()
     assert errors == ["the sandbox is closed"]
 
@@ -859,7 +923,8 @@ def test_a_forked_trainer_may_not_use_its_parents_sandbox(box, picture, monkeypa
 
 # What a machine lacks.
 
-@pytest.mark.parametrize("header, column", [("x86_64-linux-gnu/asm/unistd_64.h", 1), ("asm-generic/unistd.h", 2)])
+@pytest.mark.parametrize("header, column",
+                         [("x86_64-linux-gnu/asm/unistd_64.h", 1), ("asm-generic/unistd.h", 2)])
 def test_the_call_numbers_are_the_kernels(header, column):
     try:
         text = open(f"/usr/include/{header}").read()
@@ -867,7 +932,8 @@ def test_the_call_numbers_are_the_kernels(header, column):
         pytest.skip("the kernel's headers are not installed")
     numbers = dict(re.findall(r"#define\s+__NR(?:3264)?_(\w+)\s+(\d+)", text))
     numbers.setdefault("newfstatat", numbers.get("fstatat"))
-    calls = " ".join([jail.ALLOWED, jail.PRETENDED, jail.ATTRIBUTES] + [call for call, *_ in jail.INSPECTED]).split()
+    calls = " ".join([jail.ALLOWED, jail.PRETENDED, jail.ATTRIBUTES] + [call for call,
+                                                                        *_ in jail.INSPECTED]).split()
     for call in calls:
         name, number = call.split(":")[0], call.split(":")[column]
         assert number == numbers.get(name, "-"), call
@@ -881,7 +947,8 @@ def test_a_safe_machine_says_so_in_one_line(picture):
 
 
 @pytest.mark.parametrize("without, escape", [(("landlock", "chroot"), "read files, write files"),
-                                             (("seccomp",), "use the network"), (ALL, "signal processes")])
+                                             (("seccomp",), "use the network"),
+                                             (ALL, "signal processes")])
 def test_a_missing_layer_is_named_and_strict_refuses(picture, without, escape):
     with Sandbox(workers=1, without=without) as sandbox:
         line = sandbox.describe()
@@ -891,12 +958,15 @@ def test_a_missing_layer_is_named_and_strict_refuses(picture, without, escape):
         Sandbox(workers=1, without=without, strict=True)
 
 
-@pytest.mark.parametrize("without", [("landlock",), ("fork",), ("fork",) + ALL], ids=["chroot", "fresh", "macOS"])
+@pytest.mark.parametrize("without", [("landlock",), ("fork",), ("fork",) + ALL],
+                         ids=["chroot", "fresh", "macOS"])
 def test_the_degraded_ways_run_ordinary_programs(picture, without):
-    """Chroot in landlock's place; a fresh interpreter for every program; that without any wall, as on macOS."""
+    """Chroot in landlock's place; a fresh interpreter for every program;
+    that without any wall, as on macOS."""
     with Sandbox(workers=1, seconds=3, without=without) as sandbox:
         assert healthy(sandbox, picture)
-        code = program("import numpy as np", "image = Image.fromarray(255 - np.asarray(image))", "print('好')")
+        code = program("import numpy as np", "image = Image.fromarray(255 - np.asarray(image))",
+                       "print('好')")
         execution = sandbox.run(code, picture)
         assert same(execution, ImageOps.invert(picture)) and execution.stdout == "好\n"
         assert sandbox.run("1 / 0", picture).error == "ZeroDivisionError: division by zero (line 1)"

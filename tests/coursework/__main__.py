@@ -3,10 +3,11 @@
     python -m tests.coursework make FOLDER [--task N ...]     a copy with the tasks' functions taken out
     python -m tests.coursework grade FOLDER [--task N ...]    a table; exit code 0 where every test passed
 
-`make` cuts the bodies out of this very code, at the places that Python's own parser gives: there is no second version
-that could drift. `grade` takes from a submission the tasks' files alone; tests and everything else are this copy's own.
-What it guards against is an honest mistake and a tampered test, not a programmer who is out to deceive it: a
-submission runs as you. Grade strangers' work in a container.
+`make` cuts the bodies out of this very code, at the places that Python's own parser gives: there is
+no second version that could drift. `grade` takes from a submission the tasks' files alone; tests
+and everything else are this copy's own. What it guards against is an honest mistake and a tampered
+test, not a programmer who is out to deceive it: a submission runs as you. Grade strangers' work in
+a container.
 """
 
 import argparse
@@ -26,27 +27,34 @@ from .tasks import TASKS, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("tests/coursework")
-COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "data", "tests")
-# Not for students: answers, wrong versions, the bug list with the right lines in it; and what runs leave behind.
+COPIED = ("*.py", "README.md", "LICENSE", "requirements.txt", ".gitignore", "data", "extras",
+          "tests")
+# Not for students: answers, wrong versions, the bug list with the right lines in it; and what runs
+# leave behind.
 LEFT_OUT = ("tests/coursework/README.md", "tests/coursework/wrong.py", "tests/test_coursework.py",
             "tests/mutants.py", "tests/mutants.md", "tests/test_mutants.py", "data/cache")
-SECONDS = 120           # wall clock and processor time of one task; importing transformers takes some ten of them
+# wall clock and processor time of one task; importing transformers takes some ten of them
+SECONDS = 120
 MEMORY_MB = 8192        # of data; torch alone reserves some hundred
 
 
-# --- make ------------------------------------------------------------------------------------------
+# --- make -----------------------------------------------------------------------------------------
 
 
 def find(tree: ast.Module, name: str) -> ast.FunctionDef:
-    """The function, or method "Class.method", of this name at the top of a module. Raises KeyError."""
+    """The function, or method "Class.method", of this name at the top of a
+    module. Raises KeyError."""
     node = tree
     for part in name.split("."):
-        node = {child.name: child for child in node.body if isinstance(child, (ast.ClassDef, ast.FunctionDef))}[part]
+        node = {child.name: child for child in node.body if isinstance(child,
+                                                                       (ast.ClassDef,
+                                                                        ast.FunctionDef))}[part]
     return node
 
 
 def strip(source: str, tasks: dict[str, int]) -> str:
-    """The source with the bodies of some functions, {name: its task}, taken out; every other line as it is.
+    """The source with the bodies of some functions, {name: its task}, taken out; every other line
+    as it is.
 
     >>> print(strip('def f(x):\\n    "Twice."\\n    y = 2\\n    return x * y\\n\\nz = 1', {"f": 3}))
     def f(x):
@@ -60,7 +68,8 @@ def strip(source: str, tasks: dict[str, int]) -> str:
         function = find(tree, name)
         if ast.get_docstring(function) is None or len(function.body) < 2:
             raise ValueError(f"{name} needs a docstring, its specification, and a body")
-        first, last = function.body[0].end_lineno, function.end_lineno      # the docstring's last line, the body's last
+        # the docstring's last line, the body's last
+        first, last = function.body[0].end_lineno, function.end_lineno
         stub = f'raise NotImplementedError("task {number}: {name} is yours to write")\n'
         # as many entries as before, so that the places of the functions below stay valid
         lines[first:last] = [" " * function.body[0].col_offset + stub] + [""] * (last - first - 1)
@@ -83,7 +92,8 @@ def make(folder: Path, tasks: tuple[Task, ...]) -> None:
     hidden = {str(ROOT / name) for name in LEFT_OUT}
 
     def ignore(directory, names):
-        return {n for n in names if n in ("__pycache__", ".pytest_cache") or os.path.join(directory, n) in hidden}
+        return {n for n in names if n in ("__pycache__", ".pytest_cache")
+                or os.path.join(directory, n) in hidden}
 
     folder.mkdir(parents=True)
     for source in sorted(path for pattern in COPIED for path in ROOT.glob(pattern)):
@@ -98,17 +108,22 @@ def make(folder: Path, tasks: tuple[Task, ...]) -> None:
 
 def assignments(tasks: tuple[Task, ...]) -> str:
     """What the student reads."""
-    text = ["# Assignments\n\nRead README.md first. The docstring of each function says exactly what it does: its shapes, "
-            "formulas and edge cases. Test yourself as you go, and see all results with `python -m tests.coursework grade .`\n\n"
-            "The open questions run the whole program: answer them when every function of your copy is written.\n"]
+    text = ["# Assignments\n\nRead README.md first. The docstring of each function says exactly "
+            "what it does: its shapes, "
+            "formulas and edge cases. Test yourself as you go, and see all results with `python -m "
+            "tests.coursework grade .`\n\n"
+            "The open questions run the whole program: answer them when every function of your "
+            "copy is written.\n"]
     for task in tasks:
         where = ", ".join(f"`{file}:{name}`" for file, name in task.functions)
-        text.append(f"\n## Task {task.number}: {task.title}\n\n{where} (about {task.minutes} minutes)\n\n{task.write}\n\n"
+        text.append(
+            f"\n## Task {task.number}: {task.title}\n\n{where} (about {task.minutes} "
+            f"minutes)\n\n{task.write}\n\n"
                     f"    python -m pytest -q {task.test}\n\nOpen question. {task.question}\n")
     return "".join(text)
 
 
-# --- grade -----------------------------------------------------------------------------------------
+# --- grade ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -125,12 +140,14 @@ class Grade:
 
 
 def workplace(submission: Path, scratch: Path, task: Task) -> str:
-    """Fills `scratch`: this copy, with the submission's files of the tasks. Returns what is missing for this task."""
+    """Fills `scratch`: this copy, with the submission's files of the tasks.
+    Returns what is missing for this task."""
     for source in ROOT.glob("*.py"):
         shutil.copy(source, scratch)
-    (scratch / "data").mkdir()
-    for source in (ROOT / "data").glob("*.py"):
-        shutil.copy(source, scratch / "data")
+    for part in ("data", "extras"):
+        (scratch / part).mkdir()
+        for source in (ROOT / part).glob("*.py"):
+            shutil.copy(source, scratch / part)
     shutil.copytree(ROOT / HERE, scratch / HERE, ignore=shutil.ignore_patterns("__pycache__"))
     given = stubs(TASKS)
     for file in sorted({*given, "data/mat.py"}):    # data/mat.py: the open part of the last task
@@ -143,7 +160,8 @@ def workplace(submission: Path, scratch: Path, task: Task) -> str:
 
 def limits(seconds: int) -> None:
     """In the child, before Python starts: what the kernel keeps."""
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))        # hard limits leave room for those of task 8
+    # hard limits leave room for those of task 8
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
     resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 20, 256 << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
@@ -151,11 +169,15 @@ def limits(seconds: int) -> None:
 
 
 def run_tests(scratch: Path, test: str, seconds: int) -> str:
-    """Runs one test file in its own process group, which does not outlive the limit. Returns why, or ""."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(scratch),
+    """Runs one test file in its own process group, which does not outlive
+    the limit. Returns why, or ""."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir",
+               str(scratch),
                "--junitxml", str(scratch / "report.xml"), test]
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(scratch), "TMPDIR": str(scratch),
-                   "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(scratch),
+                   "TMPDIR": str(scratch),
+                   "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                   "PYTHONDONTWRITEBYTECODE": "1",
                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     nothing = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
     process = subprocess.Popen(command, cwd=scratch, env=environment, start_new_session=True,
@@ -165,7 +187,8 @@ def run_tests(scratch: Path, test: str, seconds: int) -> str:
         process.wait(seconds)
         if process.returncode == -signal.SIGXCPU:       # whichever clock is first
             return endless
-        return "" if process.returncode >= 0 else f"stopped by the system ({signal.strsignal(-process.returncode)})"
+        return ("" if process.returncode >= 0
+                else f"stopped by the system ({signal.strsignal(-process.returncode)})")
     except subprocess.TimeoutExpired:
         return endless
     finally:
@@ -177,13 +200,17 @@ def run_tests(scratch: Path, test: str, seconds: int) -> str:
 
 
 def read_report(report: Path) -> dict[str, str]:
-    """test -> "" if it passed, else one line: what it says. A skipped test is passed only where Linux is asked for."""
+    """test -> "" if it passed, else one line: what it says. A skipped test
+    is passed only where Linux is asked for."""
     results, skips = {}, ("skipped",) if sys.platform == "linux" else ()
     for case in ElementTree.parse(report).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", *skips)), None)
-        said = "" if bad is None else (bad.get("message") or "failed without words").strip().splitlines()[0]
-        if said == "collection failure":        # the tests could not even be imported: the line that says why
-            said = next((line[2:].strip() for line in reversed(bad.text.splitlines()) if line.startswith("E ")), said)
+        said = "" if bad is None else (bad.get("message")
+                                       or "failed without words").strip().splitlines()[0]
+        # the tests could not even be imported: the line that says why
+        if said == "collection failure":
+            said = next((line[2:].strip() for line in reversed(bad.text.splitlines())
+                         if line.startswith("E ")), said)
         results[case.get("name")] = said.removeprefix("Failed: ")
     return results
 
@@ -210,7 +237,8 @@ def grade(submission: Path, task: Task, seconds: int = SECONDS) -> Grade:
     if not wanted or not passed and not any(results.values()):
         return Grade(task, 0, len(wanted), "no test was collected")
     mistake = next((said for said in results.values() if said), "")
-    return Grade(task, passed, len(wanted), mistake or ("" if passed == len(wanted) else "a test did not run"))
+    return Grade(task, passed, len(wanted),
+                 mistake or ("" if passed == len(wanted) else "a test did not run"))
 
 
 def print_table(grades: list[Grade]) -> None:
@@ -219,16 +247,20 @@ def print_table(grades: list[Grade]) -> None:
     rows = [("task", "function", "passed", "likely mistake"), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip())
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)),
+                         row[3]]).rstrip())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.coursework", description="Student copies and grades.")
+    parser = argparse.ArgumentParser(prog="python -m tests.coursework",
+                                     description="Student copies and grades.")
     parser.add_argument("what", choices=("make", "grade"))
-    parser.add_argument("folder", type=Path, help="make: of the student copy, must not exist; grade: of the submission")
+    parser.add_argument("folder", type=Path,
+                        help="make: of the student copy, must not exist; grade: of the submission")
     parser.add_argument("--task", type=int, nargs="+", choices=[t.number for t in TASKS],
                         help="these tasks alone; default: all")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="that the tests of one task may take")
+    parser.add_argument("--seconds", type=int, default=SECONDS,
+                        help="that the tests of one task may take")
     options = parser.parse_args(arguments)
     tasks = tuple(t for t in TASKS if options.task is None or t.number in options.task)
     if options.what == "make":

@@ -1,4 +1,5 @@
-"""How the assignments' tests fail: with the likely mistake in words, not with a difference of arrays."""
+"""How the assignments' tests fail: with the likely mistake in words, not
+with a difference of arrays."""
 
 import math
 
@@ -7,7 +8,8 @@ import torch
 
 
 def outcome(call):
-    """What a call returns as plain lists, tuples and numbers, or "raised ValueError" and the like."""
+    """What a call returns as plain lists, tuples and numbers, or "raised
+    ValueError" and the like."""
     try:
         return plain(call())
     except NotImplementedError:
@@ -27,18 +29,23 @@ def plain(value):
 def same(a, b, tolerance: float = 1e-5) -> bool:
     """Equal, floats nearly; nan is nan."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y, tolerance) for x,
+                                                               y in zip(a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k], tolerance) for k in a)
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)) and isinstance(a, bool) == isinstance(b, bool):
+    if isinstance(a, (int, float)) and isinstance(b, (int,
+                                                      float)) and isinstance(a, bool) == isinstance(
+            b, bool):
         return a == b or abs(a - b) <= tolerance or (math.isnan(a) and math.isnan(b))
     return a == b
 
 
 def expect(call, expected, mistakes: dict, asked: str) -> None:
-    """Passes where `call()` gives `expected`. Else fails and names the mistake that gives what came instead.
+    """Passes where `call()` gives `expected`. Else fails and names the mistake that gives what came
+    instead.
 
-    mistakes: in words -> what it gives here; asked: the case in words, for a mistake that nobody has foreseen.
+    mistakes: in words -> what it gives here; asked: the case in words, for a mistake that nobody
+    has foreseen.
     """
     got = outcome(call)
     if same(got, expected):

@@ -12,9 +12,11 @@ def fields(turn: str):
 
 def test_an_answer():
     expect(lambda: fields("<think>a</think><answer> 42 </answer>"), ("answer", "42", None, True), {
-        "the value keeps the blanks around it: strip the text of an answer or a search": ("answer", " 42 ", None, True),
+        "the value keeps the blanks around it: strip the text of an answer or a search": ("answer",
+            " 42 ", None, True),
         "strict is always False: ask is_strict": ("answer", "42", None, False),
-        "the kind is that of the first tag; <think> is a tag and no action": ("think", "a", None, True),
+        "the kind is that of the first tag; <think> is a tag and no action": ("think", "a", None,
+            True),
         "the value is the whole turn: slice it by the action's span": (
             "answer", "<think>a</think><answer> 42 </answer>", None, True),
     }, "a thought and an answer")
@@ -29,15 +31,19 @@ def test_the_labels_of_a_problem():
 
 
 def test_a_program_comes_out_of_its_fence():
-    expect(lambda: fields("<think>a</think><code>\n```python\nx = 1\n```\n</code>"), ("code", "x = 1", None, True), {
-        "the program still has its code fence: read_program takes it off": ("code", "```python\nx = 1\n```", None, True),
+    expect(lambda: fields("<think>a</think><code>\n```python\nx = 1\n```\n</code>"),
+           ("code", "x = 1", None, True), {
+        "the program still has its code fence: read_program takes it off": ("code",
+            "```python\nx = 1\n```", None, True),
     }, "a program in a fence")
 
 
 def test_a_fault_makes_the_turn_malformed():
     error = "two actions in one turn: <search> and <answer>"
-    expect(lambda: fields("<search>a</search><answer>b</answer>"), ("malformed", None, error, False), {
-        "the error of read_tags is thrown away: a turn with a fault is malformed, whatever else is in it": (
+    expect(lambda: fields("<search>a</search><answer>b</answer>"),
+           ("malformed", None, error, False), {
+        "the error of read_tags is thrown away: a turn with a fault is malformed, whatever else is "
+        "in it": (
             "search", "a", None, False),
         "a malformed turn has no value": ("malformed", "a", error, False),
         "a malformed turn says why: keep the error of read_tags": ("malformed", None, None, False),
@@ -50,15 +56,19 @@ def test_a_turn_without_action():
         "a thought is no action: without one of problem, code, search, answer the turn is malformed": "think",
     }, "a thought alone")
     expect(lambda: bool(tools.parse("").error), True, {
-        "a malformed turn must say why: error is empty where there is no action": False}, "an empty turn")
+        "a malformed turn must say why: error is empty where there is no action": False},
+           "an empty turn")
 
 
 def test_an_empty_action():
-    expect(lambda: fields("<think>a</think><answer>  </answer>"), ("malformed", None, "the tag <answer> is empty", False), {
-        "an action without a value is malformed, here it passes as an empty answer": ("answer", "", None, True),
+    expect(lambda: fields("<think>a</think><answer>  </answer>"),
+           ("malformed", None, "the tag <answer> is empty", False), {
+        "an action without a value is malformed, here it passes as an empty answer": ("answer", "",
+            None, True),
     }, "an empty answer")
     expect(lambda: tools.parse("<problem>{}</problem>").kind, "malformed", {
-        "a problem without a label is malformed, here it passes": "problem"}, "an empty set of labels")
+        "a problem without a label is malformed, here it passes": "problem"},
+           "an empty set of labels")
 
 
 def test_lenient_action_strict_format():

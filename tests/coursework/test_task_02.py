@@ -22,11 +22,14 @@ def test_the_three_lists():
         episode = grown()
         return episode.ids, episode.mask, episode.logp
     expect(lists, (ids, [0, 0, 0, 1, 1, 0], logp), {
-        "prompt and observation have mask 1: the loss would teach the model to write what the tools say": (
+        "prompt and observation have mask 1: the loss would teach the model to write what the "
+        "tools say": (
             ids, [1] * 6, logp),
-        "the last sampled id has mask 0: the end of a turn is an action, too": (ids, [0, 0, 0, 1, 0, 0], logp),
+        "the last sampled id has mask 0: the end of a turn is an action, too": (ids,
+            [0, 0, 0, 1, 0, 0], logp),
         "the mask has one entry for each piece, not for each id": (ids, [0, 1, 0], logp),
-        "the log-probs have no entry where nothing was sampled: all three lists must have one length": (
+        "the log-probs have no entry where nothing was sampled: all three lists must have one "
+        "length": (
             ids, [0, 0, 0, 1, 1, 0], [-0.5, -0.25]),
         "a new piece replaces what was there": ([30], [0], [0.0]),
     }, "prompt, turn, observation")
@@ -34,7 +37,8 @@ def test_the_three_lists():
 
 def test_images_are_kept():
     expect(lambda: len(grown().images), 1, {
-        "the images are not kept": 0, "images are None where a piece brings none": "raised TypeError"}, "one image")
+        "the images are not kept": 0,
+        "images are None where a piece brings none": "raised TypeError"}, "one image")
 
 
 def test_two_episodes_share_nothing():
@@ -45,7 +49,8 @@ def test_two_episodes_share_nothing():
         episode.append([3], mask=1, logp=[-1.0])
         return prompt
     expect(prompt_after_a_turn, [1, 2], {
-        "the episode keeps the caller's own list and grows it: a prompt's list is shared by its whole group": [1, 2, 3],
+        "the episode keeps the caller's own list and grows it: a prompt's list is shared by its "
+        "whole group": [1, 2, 3],
     }, "the list that was passed in")
 
 
@@ -63,9 +68,12 @@ def test_what_does_not_fit_is_refused():
     later = "the episode has grown before append raises: check everything first, together or not at all"
     for words, arguments, names in (
             ("sampled ids without log-probs are taken", ([1, 2],), {"mask": 1}),
-            ("sampled ids with too few log-probs are taken", ([1, 2],), {"mask": 1, "logp": [-1.0]}),
-            ("sampled ids may bring no image", ([1],), {"mask": 1, "logp": [-1.0], "images": [IMAGE], "holders": 1}),
-            ("ids that were not sampled have no log-probs, here they are taken", ([1],), {"mask": 0, "logp": [-1.0]}),
+            ("sampled ids with too few log-probs are taken", ([1, 2],),
+             {"mask": 1, "logp": [-1.0]}),
+            ("sampled ids may bring no image", ([1],),
+             {"mask": 1, "logp": [-1.0], "images": [IMAGE], "holders": 1}),
+            ("ids that were not sampled have no log-probs, here they are taken", ([1],),
+             {"mask": 0, "logp": [-1.0]}),
             ("place holders without an image are taken", ([1, 2],), {"mask": 0, "holders": 2}),
             ("an image without place holders is taken", ([1, 2],), {"mask": 0, "images": [IMAGE]})):
         n = len(arguments[0])

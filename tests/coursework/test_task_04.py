@@ -8,7 +8,8 @@ import grpo
 
 from .check import expect
 
-REWARDS = torch.tensor([0.0, 1, 1, 4, 10, 11, 13, 10], dtype=torch.float64)     # means 1.5 and 11, deviations sqrt(3), sqrt(2)
+# means 1.5 and 11, deviations sqrt(3), sqrt(2)
+REWARDS = torch.tensor([0.0, 1, 1, 4, 10, 11, 13, 10], dtype=torch.float64)
 
 
 def rounded(*arguments):
@@ -16,7 +17,8 @@ def rounded(*arguments):
 
 
 def test_each_group_has_its_own_mean_and_deviation():
-    expect(lambda: rounded(REWARDS, 4), [-0.866, -0.289, -0.289, 1.443, -0.707, 0.0, 1.414, -0.707], {
+    expect(lambda: rounded(REWARDS, 4), [-0.866, -0.289, -0.289, 1.443, -0.707, 0.0, 1.414, -0.707],
+           {
         "your advantages are normalised over the batch, not over each group of G": [
             -1.183, -0.993, -0.993, -0.426, 0.71, 0.899, 1.277, 0.71],
         "each reward is compared with the mean of the batch; its own group's mean is meant": [
@@ -25,8 +27,10 @@ def test_each_group_has_its_own_mean_and_deviation():
             -0.284, -0.095, -0.095, 0.473, -0.189, 0.0, 0.378, -0.189],
         "your standard deviation is biased (divided by n); the unbiased one divides by n - 1": [
             -1.0, -0.333, -0.333, 1.667, -0.816, 0.0, 1.633, -0.816],
-        "your advantages are not divided by the standard deviation": [-1.5, -0.5, -0.5, 2.5, -1.0, 0.0, 2.0, -1.0],
-        "your groups are interleaved, every (N / G)-th episode; the G episodes of a sample stand side by side": [
+        "your advantages are not divided by the standard deviation": [-1.5, -0.5, -0.5, 2.5, -1.0,
+                                                                      0.0, 2.0, -1.0],
+        "your groups are interleaved, every (N / G)-th episode; the G episodes of a sample stand "
+        "side by side": [
             -0.926, -1.147, -0.772, -0.521, 0.617, 0.938, 1.08, 0.73],
         "you divide by the variance, not by the standard deviation": [
             -0.5, -0.167, -0.167, 0.833, -0.5, 0.0, 1.0, -0.5],
@@ -38,10 +42,12 @@ def test_each_group_has_its_own_mean_and_deviation():
 
 
 def test_the_epsilon():
-    expect(lambda: grpo.group_advantages(torch.tensor([0.0, 2e-4], dtype=torch.float64), 2).tolist(),
+    expect(lambda: grpo.group_advantages(torch.tensor([0.0, 2e-4],
+                                                      dtype=torch.float64), 2).tolist(),
            [-0.4142135, 0.4142135], {
         "1e-4 is not added to the standard deviation": [-0.7071068, 0.7071068],
-        "1e-8 is added to the standard deviation, the paper's code adds 1e-4": [-0.7070568, 0.7070568]}, "a small difference")
+        "1e-8 is added to the standard deviation, the paper's code adds 1e-4": [-0.7070568,
+            0.7070568]}, "a small difference")
 
 
 def test_the_other_scales():
@@ -49,7 +55,8 @@ def test_the_other_scales():
     batch = [v / (5.802298 + 1e-4) for v in (-0.5, 0.5, -0.5, 0.5)]
     expect(lambda: grpo.group_advantages(few, 2, "none").tolist(), [-0.5, 0.5, -0.5, 0.5], {
         "scale 'none' does not divide at all": [-0.707007, 0.707007] * 2,
-        "the mean is that of the batch; the group's own is taken off for every scale": [-5.5, -4.5, 4.5, 5.5],
+        "the mean is that of the batch; the group's own is taken off for every scale": [-5.5, -4.5,
+            4.5, 5.5],
     }, "scale none")
     expect(lambda: grpo.group_advantages(few, 2, "batch").tolist(), batch, {
         "scale 'batch' divides by the deviation of all rewards, here each group's own is used": [-0.707007, 0.707007] * 2,
@@ -61,7 +68,9 @@ def test_a_flat_group_is_exactly_zero():
     """The float mean of seven times 0.1 is not 0.1."""
     def largest():
         return max(abs(v) for v in grpo.group_advantages(torch.tensor([0.1] * 7), 7).tolist()) > 0
-    expect(largest, False, {"a group of equal rewards must give exact zeros; here rounding errors are divided by 1e-4": True},
+    expect(largest, False,
+           {"a group of equal rewards must give exact zeros; here rounding errors are divided by "
+            "1e-4": True},
            "seven equal rewards")
     expect(lambda: grpo.group_advantages(torch.ones(4), 2).tolist(), [0.0] * 4, {
         "a group of equal rewards gives nan (0 / 0)": [math.nan] * 4}, "equal rewards")
@@ -71,7 +80,8 @@ def test_what_makes_no_groups_is_refused():
     for rewards, size, scale, words in (
             ([1.0, 2.0, 3.0], 2, "group", "three rewards do not make groups of two: ValueError"),
             ([1.0, 2.0], 1, "group", "a group of one has nothing to compare with: ValueError"),
-            ([1.0, math.nan], 2, "group", "a reward that is no finite number must be refused: ValueError"),
+            ([1.0, math.nan], 2, "group",
+             "a reward that is no finite number must be refused: ValueError"),
             ([1.0, 2.0], 2, "all", "an unknown scale must be refused: ValueError")):
         def refused():
             try:
@@ -79,4 +89,6 @@ def test_what_makes_no_groups_is_refused():
             except ValueError:
                 return True
             return False
-        expect(refused, True, {words: False, words + ", and with words of your own": "raised RuntimeError"}, words)
+        expect(refused, True, {words: False,
+                               words + ", and with words of your own": "raised RuntimeError"},
+               words)

@@ -18,24 +18,29 @@ def test_k3_by_hand():
     mask = torch.tensor([[1, 1, 1, 0]])
     right = [0.0, E - 2, 1 / E]
     expect(lambda: grpo.k3(logp, ref, mask), [[*right, 0.0]], {
-        "this is k1, logp - logp_ref: right on average, and negative for many ids": [[0.0, -1.0, 1.0, 0.0]],
+        "this is k1, logp - logp_ref: right on average, and negative for many ids": [[0.0, -1.0,
+            1.0, 0.0]],
         "this is k2, half the square: not the paper's": [[0.0, 0.5, 0.5, 0.0]],
         "the divergence is turned round: d is logp_ref - logp": [[0.0, 1 / E, E - 2, 0.0]],
         "ids with mask 0 count": [[*right, math.exp(4) - 5]],
         "the last - 1 is missing: it must be 0 where the two agree": [[1.0, E - 1, 1 / E + 1, 1.0]],
-        "the last - 1 is missing: it must be 0 where the two agree ": [[1.0, E - 1, 1 / E + 1, 0.0]],
+        "the last - 1 is missing: it must be 0 where the two agree ": [[1.0, E - 1, 1 / E + 1,
+                                                                        0.0]],
         "the mean is taken already: one number for each id is asked": sum(right) / 3,
     }, "three ids")
 
 
 def test_its_mean_is_the_divergence():
-    """Exact, over all five tokens of a small vocabulary: the mean under the policy is KL(policy || reference)."""
+    """Exact, over all five tokens of a small vocabulary: the mean under the
+    policy is KL(policy || reference)."""
     policy = torch.log_softmax(torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5], dtype=torch.float64), 0)
     reference = torch.log_softmax(torch.tensor([0.0, 1.5, 1.0, 0.0, -1.0], dtype=torch.float64), 0)
     exact = float((policy.exp() * (policy - reference)).sum())
     reverse = float((reference.exp() * (reference - policy)).sum())
-    expect(lambda: float((policy.exp() * grpo.k3(policy[None], reference[None], torch.ones(1, 5))[0]).sum()), exact, {
-        "its mean is KL(reference || policy): the divergence is turned round": reverse}, "the mean of k3 under the policy")
+    expect(lambda: float((policy.exp() * grpo.k3(policy[None], reference[None], torch.ones(1,
+            5))[0]).sum()), exact, {
+        "its mean is KL(reference || policy): the divergence is turned round": reverse},
+           "the mean of k3 under the policy")
 
 
 def test_its_gradient():
@@ -49,20 +54,24 @@ def test_its_gradient():
     expect(gradient, [1 - E, 0.0], {
         "k3 has no gradient: the KL term would not pull": [0.0, 0.0],
         "inf * 0 is nan: fill what is off the mask before exp": [1 - E, math.nan],
-        "what is off the mask must be filled before exp; here it has a gradient": [1 - E, -math.inf],
+        "what is off the mask must be filled before exp; here it has a gradient": [1 - E,
+            -math.inf],
     }, "the gradient")
 
 
 def test_means_over_sampled_ids():
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    kl, clipped = torch.tensor([[1.0, 2.0, 50.0], [6.0, 9.0, 9.0]]), torch.tensor([[True, False, True], [False] * 3])
+    kl, clipped = torch.tensor([[1.0, 2.0, 50.0],
+                                [6.0, 9.0, 9.0]]), torch.tensor([[True, False, True], [False] * 3])
     expect(lambda: grpo._token_means(mask, kl=kl, clip=clipped), {"kl": 3.0, "clip": 1 / 3}, {
         "the mean is over all positions; only sampled ids count": {"kl": 77 / 6, "clip": 2 / 6},
         "the sum over sampled ids is divided by all positions": {"kl": 9 / 6, "clip": 1 / 6},
-        "this is the mean of the rows' means; every sampled id counts the same": {"kl": 3.75, "clip": 0.25},
+        "this is the mean of the rows' means; every sampled id counts the same": {"kl": 3.75,
+            "clip": 0.25},
         "this is the sum; the mean is asked": {"kl": 9.0, "clip": 1.0},
     }, "two values")
     expect(lambda: grpo._token_means(torch.zeros(1, 2), kl=torch.ones(1, 2)), {"kl": 0.0}, {
         "a batch without a sampled id divides by zero": {"kl": math.nan}}, "nothing sampled")
-    expect(lambda: type(grpo._token_means(mask, kl=kl.clone().requires_grad_())["kl"]).__name__, "float", {
+    expect(lambda: type(grpo._token_means(mask, kl=kl.clone().requires_grad_())["kl"]).__name__,
+           "float", {
         "the means are tensors and keep the whole graph in memory: .item() makes a number": "Tensor"}, "the type")

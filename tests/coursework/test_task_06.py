@@ -14,28 +14,38 @@ A = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
 
 def test_the_objective():
     """Clip at 0.8 and 1.3. Above: a good episode. Below: a bad one."""
-    expect(lambda: grpo.clipped_objective(RATIO, A, 0.2, 0.3)[0], [[1.3, 0.5, 1.1], [-1.5, -0.8, -1.1]], {
+    expect(lambda: grpo.clipped_objective(RATIO, A, 0.2, 0.3)[0],
+           [[1.3, 0.5, 1.1], [-1.5, -0.8, -1.1]], {
         "nothing is clipped": [[1.5, 0.5, 1.1], [-1.5, -0.5, -1.1]],
-        "the ratio is clipped, but the smaller of the two products is not taken: what moved the wrong way is not pulled back": [
+        "the ratio is clipped, but the smaller of the two products is not taken: what moved the "
+        "wrong way is not pulled back": [
             [1.3, 0.8, 1.1], [-1.3, -0.8, -1.1]],
-        "the larger of the two products is taken; the objective is the smaller": [[1.5, 0.8, 1.1], [-1.3, -0.5, -1.1]],
-        "clip_low and clip_high are taken as the bounds themselves; they are 1 - clip_low and 1 + clip_high": [
+        "the larger of the two products is taken; the objective is the smaller": [[1.5, 0.8, 1.1],
+            [-1.3, -0.5, -1.1]],
+        "clip_low and clip_high are taken as the bounds themselves; they are 1 - clip_low and 1 + "
+        "clip_high": [
             [0.3, 0.3, 0.3], [-1.5, -0.5, -1.1]],
         "clip_low and clip_high are exchanged": [[1.2, 0.5, 1.1], [-1.5, -0.7, -1.1]],
-        "one clip_low serves for both sides; there is clip_high": [[1.2, 0.5, 1.1], [-1.5, -0.8, -1.1]],
-        "the smaller ratio is taken before it is multiplied; with a negative advantage that is the larger product": [
+        "one clip_low serves for both sides; there is clip_high": [[1.2, 0.5, 1.1],
+                                                                   [-1.5, -0.8, -1.1]],
+        "the smaller ratio is taken before it is multiplied; with a negative advantage that is the "
+        "larger product": [
             [1.3, 0.5, 1.1], [-1.3, -0.5, -1.1]],
-        "this is the loss; the objective to be maximised has the other sign": [[-1.3, -0.5, -1.1], [1.5, 0.8, 1.1]],
+        "this is the loss; the objective to be maximised has the other sign": [[-1.3, -0.5, -1.1],
+            [1.5, 0.8, 1.1]],
         "the advantages are left out": [[1.3, 0.5, 1.1], [1.3, 0.5, 1.1]],
     }, "six ids")
 
 
 def test_where_the_clip_holds():
-    expect(lambda: grpo.clipped_objective(RATIO, A, 0.2, 0.3)[1], [[True, False, False], [False, True, False]], {
-        "every ratio outside the range is called clipped; it is only where the clipped product is the smaller": [
+    expect(lambda: grpo.clipped_objective(RATIO, A, 0.2, 0.3)[1],
+           [[True, False, False], [False, True, False]], {
+        "every ratio outside the range is called clipped; it is only where the clipped product is "
+        "the smaller": [
             [True, True, False], [True, True, False]],
         "the answer is turned round": [[False, True, True], [True, False, True]],
-        "ids within the range are called clipped: smaller, not equal": [[True, False, True], [False, True, True]],
+        "ids within the range are called clipped: smaller, not equal": [[True, False, True],
+                                                                        [False, True, True]],
     }, "six ids")
 
 
@@ -55,11 +65,14 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.float64)
 def test_what_is_averaged():
     """Sampled are 1, 3 in the first sequence, 6 in the second."""
     for kind, right, wrong in (
-            ("grpo", 4.0, {"grpo is the mean of the sequences' means, here all ids count the same": 10 / 3,
-                           "grpo divides by T, padding included; by the sampled ids of each sequence": (4 / 3 + 2) / 2,
+            ("grpo", 4.0,
+             {"grpo is the mean of the sequences' means, here all ids count the same": 10 / 3,
+                           "grpo divides by T, padding included; by the sampled ids of each "
+                           "sequence": (4 / 3 + 2) / 2,
                            "grpo is the sum of the sequences' means; take their mean": 8.0}),
             ("gspo", 4.0, {"gspo averages as grpo does": 10 / 3}),
-            ("dapo", 10 / 3, {"dapo is the mean over all sampled ids, here each sequence counts the same": 4.0,
+            ("dapo", 10 / 3,
+             {"dapo is the mean over all sampled ids, here each sequence counts the same": 4.0,
                               "dapo divides by all positions; by the number of sampled ids": 10 / 6}),
             ("cispo", 10 / 3, {"cispo averages as dapo does": 4.0}),
             ("dr_grpo", 0.5, {"dr_grpo divides by the sampled ids; by B * max_length": 10 / 3,
@@ -67,23 +80,32 @@ def test_what_is_averaged():
                               "dr_grpo divides by B * T; by B * max_length": 10 / 6})):
         off_mask = {"what is off the mask counts (inf * 0 is nan): fill it with 0": math.nan,
                     "what is off the mask counts": math.inf}
-        expect(lambda: grpo._aggregate(TERMS, MASK, kind, 10).item(), right, wrong | off_mask, f"loss_type {kind}")
+        expect(lambda: grpo._aggregate(TERMS, MASK, kind, 10).item(), right, wrong | off_mask,
+               f"loss_type {kind}")
 
 
 def test_edges():
-    expect(lambda: grpo._aggregate(torch.ones(2, 2), torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "grpo", None).item(), 0.5, {
+    expect(lambda: grpo._aggregate(torch.ones(2,
+                                              2), torch.tensor([[1.0, 1.0],
+                                                                [0.0, 0.0]]), "grpo", None).item(),
+           0.5, {
         "a sequence without a sampled id divides by zero; it counts as 0": math.nan,
-        "a sequence without a sampled id is left out; it counts as 0": 1.0}, "a sequence without a sampled id")
-    expect(lambda: grpo._aggregate(torch.ones(1, 1), torch.ones(1, 1), "dr_grpo", None), "raised ValueError", {
-        "dr_grpo without max_length must be refused with a ValueError": "raised TypeError"}, "dr_grpo without max_length")
+        "a sequence without a sampled id is left out; it counts as 0": 1.0},
+           "a sequence without a sampled id")
+    expect(lambda: grpo._aggregate(torch.ones(1, 1), torch.ones(1, 1), "dr_grpo", None),
+           "raised ValueError", {
+        "dr_grpo without max_length must be refused with a ValueError": "raised TypeError"},
+           "dr_grpo without max_length")
 
 
 def test_at_the_first_step_the_loss_is_zero_and_its_gradient_is_not():
-    """The whole loss on ratio 1, without task 5's KL: -mean(A) = 0, and the gradient is -A / (B T)."""
+    """The whole loss on ratio 1, without task 5's KL: -mean(A) = 0, and the
+    gradient is -A / (B T)."""
     def loss_and_gradient():
         logp = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
         gain = grpo.clipped_objective(logp.exp(), A, 0.2, 0.2)[0]
         loss = -grpo._aggregate(gain, torch.ones(2, 2, dtype=torch.float64), "grpo", None)
         loss.backward()
         return loss.item(), logp.grad.tolist()
-    expect(loss_and_gradient, (0.0, [[-0.25, -0.25], [0.25, 0.25]]), {}, "loss and gradient at ratio 1")
+    expect(loss_and_gradient, (0.0, [[-0.25, -0.25], [0.25, 0.25]]), {},
+           "loss and gradient at ratio 1")

@@ -1,4 +1,5 @@
-"""Task 10: mini.noise, rewards.problem_reward, and every problem that MAT-mini has: yours too, once it is there."""
+"""Task 10: mini.noise, rewards.problem_reward, and every problem that
+MAT-mini has: yours too, once it is there."""
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from data import mini
 from .check import expect
 
 SIGN = Image.new("RGB", (100, 80), (10, 20, 30))
-NAMES = {"Image": Image, "ImageEnhance": ImageEnhance, "ImageFilter": ImageFilter, "ImageOps": ImageOps}
+NAMES = {"Image": Image, "ImageEnhance": ImageEnhance, "ImageFilter": ImageFilter,
+         "ImageOps": ImageOps}
 
 
 def noisy():
@@ -30,7 +32,8 @@ def test_noise():
         "each channel is drawn on its own; a pixel turns white as a whole": [0.5, 0.0, 0.5],
         "the pixels turn black (or another colour), not white": [0.0, 0.2, 0.8],
         "no pixel has changed": [0.0, 1.0, 0.0],
-        "np.asarray of an image can only be read: copy it first": "raised ValueError"}, "shares of white, untouched, other")
+        "np.asarray of an image can only be read: copy it first": "raised ValueError"},
+           "shares of white, untouched, other")
     expect(lambda: (noisy().size, noisy().mode), ((100, 80), "RGB"), {
         "width and height are exchanged: arrays are [height, width]": ((80, 100), "RGB"),
         "width and height of the mask are exchanged: arrays are [height, width]": "raised IndexError"}, "size and mode")
@@ -41,32 +44,44 @@ def test_noise_leaves_the_image_and_chance_alone():
         image = SIGN.copy()
         mini.noise(image, np.random.default_rng(0))
         return image.tobytes() == SIGN.tobytes()
-    expect(untouched, True, {"the image that was passed in is changed: make a new one": False}, "the image passed in")
+    expect(untouched, True, {"the image that was passed in is changed: make a new one": False},
+           "the image passed in")
     expect(lambda: noisy().tobytes() == noisy().tobytes(), True, {
-        "the noise is not drawn from rng: the same seed must draw the same picture": False}, "the same seed twice")
+        "the noise is not drawn from rng: the same seed must draw the same picture": False},
+           "the same seed twice")
     rng = np.random.default_rng(0)
     expect(lambda: mini.noise(SIGN, rng).tobytes() == mini.noise(SIGN, rng).tobytes(), False, {
-        "every picture has the same noise: draw from the rng that is passed in": True}, "two pictures of one generator")
+        "every picture has the same noise: draw from the rng that is passed in": True},
+           "two pictures of one generator")
 
 
 def test_the_reward_of_a_problem():
     gold = ("rotation90", "dark")
-    stated = (("dark", "rotation90"), ("rotation90",), ("rotation90", "dark", "blur"), None, ("dark", "dark", "rotation90"))
-    expect(lambda: [rewards.problem_reward(labels, gold) for labels in stated], [1.0, 0.0, 0.0, 0.0, 1.0], {
+    stated = (("dark", "rotation90"), ("rotation90",), ("rotation90", "dark", "blur"), None,
+              ("dark", "dark", "rotation90"))
+    expect(lambda: [rewards.problem_reward(labels, gold) for labels in stated],
+           [1.0, 0.0, 0.0, 0.0, 1.0], {
         "the order of the labels counts: compare sets": [0.0] * 5,
         "the order or number of the labels counts: compare sets": [1.0, 0.0, 0.0, 0.0, 0.0],
-        "half is given for one of two problems; nothing without rotation_credit": [1.0, 0.5, 0.0, 0.0, 1.0],
-        "naming one right problem is enough for the whole reward; the sets must be equal": [1.0, 1.0, 1.0, 0.0, 1.0],
+        "half is given for one of two problems; nothing without rotation_credit": [1.0, 0.5, 0.0,
+            0.0, 1.0],
+        "naming one right problem is enough for the whole reward; the sets must be equal": [1.0,
+            1.0, 1.0, 0.0, 1.0],
         "naming more than there is pays: the sets must be equal": [1.0, 0.0, 1.0, 0.0, 1.0],
         "naming less than there is pays: the sets must be equal": [1.0, 1.0, 0.0, 0.0, 1.0],
         "no diagnosis (None) must give 0": "raised TypeError"}, "five diagnoses")
-    cases = ((("rotation90",), gold), (("dark",), gold), (("rotation180",), gold), (("rotation90",), ("rotation90",)),
+    cases = ((("rotation90",), gold), (("dark",), gold), (("rotation180",), gold),
+             (("rotation90",), ("rotation90",)),
              (("rotation90",), ("dark", "blur")))
-    expect(lambda: [rewards.problem_reward(*case, rotation_credit=True) for case in cases], [0.5, 0.0, 0.0, 1.0, 0.0], {
-        "rotation_credit gives half for either problem; only for the rotation": [0.5, 0.5, 0.0, 1.0, 0.0],
+    expect(lambda: [rewards.problem_reward(*case, rotation_credit=True) for case in cases],
+           [0.5, 0.0, 0.0, 1.0, 0.0], {
+        "rotation_credit gives half for either problem; only for the rotation": [0.5, 0.5, 0.0, 1.0,
+            0.0],
         "rotation_credit gives nothing": [0.0, 0.0, 0.0, 1.0, 0.0],
-        "rotation_credit gives half for any rotation; it must be the right one": [0.5, 0.0, 0.5, 1.0, 0.0],
-        "rotation_credit gives half where no rotation was to be named": [0.5, 0.0, 0.0, 1.0, 0.5]}, "rotation_credit")
+        "rotation_credit gives half for any rotation; it must be the right one": [0.5, 0.0, 0.5,
+            1.0, 0.0],
+        "rotation_credit gives half where no rotation was to be named": [0.5, 0.0, 0.0, 1.0, 0.5]},
+           "rotation_credit")
 
 
 def distance(a: Image.Image, b: Image.Image) -> float:
@@ -81,22 +96,29 @@ def repaired(line: str, image: Image.Image) -> Image.Image:
 
 
 def test_every_problem_hides_and_every_repair_restores():
-    """Whatever SINGLES holds: the damage changes the picture, each wording of its repair brings it nearer.
+    """Whatever SINGLES holds: the damage changes the picture, each wording of its repair brings it
+    nearer.
 
-    Not so for blur: sharpening makes the number readable again, and the ground uneven (data/tiny/README.md counts that).
+    Not so for blur: sharpening makes the number readable again, and the ground uneven
+    (data/tiny/README.md counts that).
     """
     sign = mini.draw_sign("47", np.random.default_rng(1))
     for problem in [p for p in mini.SINGLES if p not in ("none", "blur")]:
         damaged = mini.damage(sign, problem, np.random.default_rng(2))
         off = distance(damaged, sign)
         if off < 5:
-            pytest.fail(f"the damage {problem!r} changes the picture by {off:.1f} grey levels: it hides nothing", pytrace=False)
+            pytest.fail(
+                f"the damage {problem!r} changes the picture by {off:.1f} grey levels: it hides "
+                f"nothing", pytrace=False)
         if not mini.REPAIRS.get(problem):
-            pytest.fail(f"REPAIRS has no line for {problem!r}: nobody could show how it is undone", pytrace=False)
+            pytest.fail(f"REPAIRS has no line for {problem!r}: nobody could show how it is undone",
+                        pytrace=False)
         for line in mini.REPAIRS[problem]:
             left = distance(repaired(line, damaged), sign)
             if left >= off:
-                pytest.fail(f"the repair {line!r} leaves {left:.1f} grey levels of {off:.1f}: it does not undo {problem!r}",
+                pytest.fail(
+                    f"the repair {line!r} leaves {left:.1f} grey levels of {off:.1f}: it does not "
+                    f"undo {problem!r}",
                             pytrace=False)
 
 

@@ -1,6 +1,7 @@
-"""Draws an episode of a run as one picture: what was shown, the program, what came back, the answer.
+"""Draws an episode of a run as one picture: what was shown, the program, what came back, the
+answer.
 
-    python tests/picture_episode.py RUN data/episode.png
+    python tests/measure/picture_episode.py RUN data/pictures/episode.png
 
 Takes the first right answer after training whose image had two problems.
 """
@@ -18,7 +19,8 @@ def chosen(run: Path) -> dict:
     """The episode that is drawn."""
     for line in open(run / "episodes.jsonl"):
         episode = json.loads(line)
-        if episode["when"] == "after" and len(episode["problems"]) == 2 and episode["answer"] in episode["gold"]:
+        if episode["when"] == "after" and len(episode[
+                "problems"]) == 2 and episode["answer"] in episode["gold"]:
             return episode
     raise SystemExit(f"{run}: no such episode; train longer")
 

@@ -1,16 +1,19 @@
-"""What the packed tree is worth: one update of the same episodes, row by row and as trees, in the same minute.
+"""What the packed tree is worth: one update of the same episodes, row by row and as trees, in the
+same minute.
 
-    python tests/bench_update.py --device cpu                         the small shape, anywhere
-    python tests/bench_update.py --device cuda --shape 3b             random weights of the published shape, bfloat16
+    python tests/measure/bench_update.py --device cpu                         the small shape, anywhere
+    python tests/measure/bench_update.py --device cuda --shape 3b             random weights of the published shape, bfloat16
 
-Groups of equally long episodes with an image in the prompt, random ids, random weights (bench_shapes.py). Rounds go
-through the layouts in turn, so that a busy machine is busy for both; the median is printed; on a CPU the seconds are
-those of the processor. The optimiser is plain SGD with rate 0: what AdamW costs is the same for both, and the weights
-stay as they are. "ids/s" counts the ids of the episodes as they are, prompts again and again; arithmetic is that of the
-ids which went through the model, forward and backward (6 operations for each weight and id, and attention's), not what
-checkpointing computes again. Equal gradients (their norms) say that both did the same work.
+Groups of equally long episodes with an image in the prompt, random ids, random weights
+(bench_shapes.py). Rounds go through the layouts in turn, so that a busy machine is busy for both;
+the median is printed; on a CPU the seconds are those of the processor. The optimiser is plain SGD
+with rate 0: what AdamW costs is the same for both, and the weights stay as they are. "ids/s" counts
+the ids of the episodes as they are, prompts again and again; arithmetic is that of the ids which
+went through the model, forward and backward (6 operations for each weight and id, and attention's),
+not what checkpointing computes again. Equal gradients (their norms) say that both did the same
+work.
 
-tests/bench_gpu.py prints the same as its part "update".
+tests/measure/bench_gpu.py prints the same as its part "update".
 """
 
 import argparse
@@ -23,18 +26,21 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from bench_shapes import SHAPES, make_policy
 from grpo import frozen_logp, group_advantages, update
-from pack import micro_batches, pack
+from extras.tree import micro_batches, pack
 from policy import Policy
 from rollout import Episode
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}   # bf16, dense, published
+# bf16, dense, published
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-def make_episodes(policy: Policy, groups: int, group_size: int, prompt: int, continuation: int, side: int):
-    """Groups of episodes with `prompt` ids, an image of side x side pixels among them, and a turn of `continuation`."""
+def make_episodes(policy: Policy, groups: int, group_size: int, prompt: int, continuation: int,
+                  side: int):
+    """Groups of episodes with `prompt` ids, an image of side x side pixels
+    among them, and a turn of `continuation`."""
     generator = torch.Generator().manual_seed(0)
     allowed = (~policy.barred.cpu()).nonzero()[:, 0]
 
@@ -44,21 +50,25 @@ def make_episodes(policy: Policy, groups: int, group_size: int, prompt: int, con
     episodes = []
     for _ in range(groups):
         image = policy.image_input(Image.effect_noise((side, side), 60).convert("RGB"))
-        ids = [policy.vision_start, *[policy.image_pad] * policy.image_tokens(image), policy.vision_end]
+        ids = [policy.vision_start, *[policy.image_pad] * policy.image_tokens(image),
+               policy.vision_end]
         if len(ids) > prompt:
-            raise SystemExit(f"--prompt {prompt}: the image alone takes {len(ids)} ids; lower --side {side}")
+            raise SystemExit(
+                f"--prompt {prompt}: the image alone takes {len(ids)} ids; lower --side {side}")
         ids += words(prompt - len(ids))
         for _ in range(group_size):
             episode = Episode(None)
             episode.append(list(ids), mask=0, images=[image], holders=policy.image_tokens(image))
-            episode.append(words(continuation), mask=1, logp=[-6.6] * continuation)     # about 1 / 719 each
+            # about 1 / 719 each
+            episode.append(words(continuation), mask=1, logp=[-6.6] * continuation)
             episodes.append(episode)
     return episodes
 
 
 def operations(policy: Policy, episodes: list[Episode], layout: str, limit: int) -> float:
-    """Arithmetic of one forward and backward pass: matrices for every id, attention for every pair that meets in a row,
-    the vocabulary matrix for sampled ids. A frozen or an unfrozen weight counts the same."""
+    """Arithmetic of one forward and backward pass: matrices for every id, attention for every pair
+    that meets in a row, the vocabulary matrix for sampled ids. A frozen or an unfrozen weight
+    counts the same."""
     text = policy.model.config.text_config
     layers = sum(w.numel() for w in policy.model.model.language_model.layers.parameters())
     total = 0.0
@@ -70,8 +80,8 @@ def operations(policy: Policy, episodes: list[Episode], layout: str, limit: int)
 
 
 class Meter:
-    """Of what ran inside last: `seconds`, and on CUDA `peak`, the most memory in GiB. On a CPU the seconds are those of
-    the processor in all threads, so that other programs do not count."""
+    """Of what ran inside last: `seconds`, and on CUDA `peak`, the most memory in GiB. On a CPU the
+    seconds are those of the processor in all threads, so that other programs do not count."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -91,12 +101,14 @@ class Meter:
         self.peak = torch.cuda.max_memory_allocated() / 2 ** 30 if self.cuda else None
 
 
-def measure(policy: Policy, episodes: list[Episode], group_size: int, config, rounds: int) -> dict[str, dict]:
-    """For each layout: median seconds of an update and of the reference's pass, peak GiB of both (None on a CPU), and
-    the gradient's norm, by which a reader sees that both did the same work."""
+def measure(policy: Policy, episodes: list[Episode], group_size: int, config,
+            rounds: int) -> dict[str, dict]:
+    """For each layout: median seconds of an update and of the reference's pass, peak GiB of both
+    (None on a CPU), and the gradient's norm, by which a reader sees that both did the same work."""
     advantages = group_advantages(torch.arange(float(len(episodes))) % group_size, group_size)
     optimizer = torch.optim.SGD([w for w in policy.model.parameters() if w.requires_grad], lr=0.0)
-    policy.kept = {}                                            # the tower is frozen: each image once, before the clock
+    # the tower is frozen: each image once, before the clock
+    policy.kept = {}
     with torch.no_grad():
         policy.features([image for episode in episodes for image in episode.images])
     seconds = {layout: ([], []) for layout in ("rows", "tree")}
@@ -106,7 +118,8 @@ def measure(policy: Policy, episodes: list[Episode], group_size: int, config, ro
         for layout, (updates, references) in seconds.items():
             config.update = layout
             with meter:
-                stats = update(policy, None, episodes, advantages, optimizer, config, torch.Generator())
+                stats = update(policy, None, episodes, advantages, optimizer, config,
+                               torch.Generator())
             done = {"update_gib": meter.peak, "grad_norm": stats["grad_norm"]}
             updates.append(meter.seconds)
             with meter:
@@ -114,21 +127,25 @@ def measure(policy: Policy, episodes: list[Episode], group_size: int, config, ro
             references.append(meter.seconds)
             results[layout] |= done | {"reference_gib": meter.peak}
     for layout, (updates, references) in seconds.items():       # the first round warms up
-        results[layout] |= {"update": statistics.median(updates[1:]), "reference": statistics.median(references[1:])}
+        results[layout] |= {"update": statistics.median(updates[1:]),
+                            "reference": statistics.median(references[1:])}
     return results
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=SHAPES, default=None, help="default: 3b on CUDA, else small")
+    parser.add_argument("--shape", choices=SHAPES, default=None,
+                        help="default: 3b on CUDA, else small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--groups", type=int, default=None, help="default: 4 on CUDA, else 1")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=900, help="ids, the image's included")
     parser.add_argument("--continuation", type=int, default=120, help="ids")
-    parser.add_argument("--side", type=int, default=720, help="pixels of the square image in the prompt")
+    parser.add_argument("--side", type=int, default=720,
+                        help="pixels of the square image in the prompt")
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
-    parser.add_argument("--checkpointing", choices=("on", "off"), default=None, help="default: on on CUDA, else off")
+    parser.add_argument("--checkpointing", choices=("on", "off"), default=None,
+                        help="default: on on CUDA, else off")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
 
 
@@ -140,13 +157,18 @@ def bench(options: argparse.Namespace) -> None:
     policy = make_policy(shape, options.device, torch.bfloat16 if cuda else torch.float32)
     policy.model.model.visual.requires_grad_(False)
     G = options.group_size
-    episodes = make_episodes(policy, options.groups or (4 if cuda else 1), G, options.prompt, options.continuation,
+    episodes = make_episodes(policy, options.groups or (4 if cuda else 1), G, options.prompt,
+                             options.continuation,
                              56 if shape == "tiny" else options.side)
     config = SimpleNamespace(
-        inner_epochs=1, minibatches=1, micro_batch_tokens=options.micro_batch_tokens, temperature=1.0, loss_type="grpo",
-        checkpointing=options.checkpointing or ("on" if cuda else "off"), clip_low=0.2, clip_high=0.2, beta=0.0,
+        inner_epochs=1, minibatches=1, micro_batch_tokens=options.micro_batch_tokens,
+        temperature=1.0, loss_type="grpo",
+        checkpointing=options.checkpointing or ("on" if cuda else "off"), clip_low=0.2,
+        clip_high=0.2, beta=0.0,
         max_sampled=options.continuation, max_grad_norm=1.0)
-    print(f"update, shape {shape} on {options.device}, {len(episodes) // G} groups of {G}, {options.prompt} + "
+    print(
+        f"update, shape {shape} on {options.device}, {len(episodes) // G} groups of {G}, "
+        f"{options.prompt} + "
           f"{options.continuation} ids, checkpointing {config.checkpointing}")
     results = measure(policy, episodes, G, config, options.rounds)
     name = torch.cuda.get_device_name() if cuda else ""
@@ -155,9 +177,11 @@ def bench(options: argparse.Namespace) -> None:
     for layout, result in results.items():
         done = operations(policy, episodes, layout, config.micro_batch_tokens) / result["update"]
         print(f"  {layout}  update {result['update']:8.3f} s  {ids / result['update']:8.0f} ids/s  "
-              f"{done / 1e12:7.3f} TFLOP/s" + (f" = {100 * done / peak:.0f}% of peak" if peak else "")
+              f"{done / 1e12:7.3f} TFLOP/s"
+              + (f" = {100 * done / peak:.0f}% of peak" if peak else "")
               + f"  gradient {result['grad_norm']:.5g}  reference {result['reference']:.3f} s"
-              + (f"  peak GiB: update {result['update_gib']:.1f}, reference {result['reference_gib']:.1f}"
+              + (f"  peak GiB: update {result['update_gib']:.1f}, reference "
+                 f"{result['reference_gib']:.1f}"
                  if cuda else ""))
     rows, trees = results["rows"], results["tree"]
     print(f"  rows / tree: update {rows['update'] / trees['update']:.2f}, "
@@ -165,6 +189,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(description=__doc__,
+                                        formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(arguments)
     bench(arguments.parse_args())

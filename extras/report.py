@@ -10,7 +10,7 @@ escaping, and what would disturb the reader (control characters, reversed writin
 an escape. The page is one file without network of at most LIMIT bytes: of a long run it shows
 a part, evenly spread, and says what was left out.
 
-Read next: data/report.html and data/episode.html, the templates. Left out: several runs in one page.
+Read next: report.html and episode.html, the templates. Left out: several runs in one page.
 """
 
 import base64
@@ -29,7 +29,8 @@ from PIL import Image
 
 SCORERS = ("official", "repaired")
 LIMIT = 10_000_000          # bytes of the page
-FOR_EVALUATIONS, FOR_EPISODES = 4_500_000, 9_000_000    # bytes: held-out samples; these and training episodes together
+# bytes: held-out samples; these and training episodes together
+FOR_EVALUATIONS, FOR_EPISODES = 4_500_000, 9_000_000
 IMAGE_SIDE = 320            # pixels, at most, of an image in the page
 TEXT_LIMIT = 20_000         # characters of one text in the page
 CURVE_POINTS = 500          # of one line; a longer run is averaged
@@ -40,7 +41,7 @@ class ReportError(ValueError):
     """A folder that cannot be reported on; the message says what is missing and what would do."""
 
 
-# --- tables of scores ---------------------------------------------------------------------------------------
+# --- tables of scores -----------------------------------------------------------------------------
 
 HEADER = f"{'':22}{'n':>6}  {'EM %':>6} {'[95%]':>16}  {'F1 %':>6} {'[95%]':>16}"
 
@@ -55,7 +56,8 @@ def score_row(name: str, s: dict) -> str:
 
 
 def score_rows(summary: dict) -> list[tuple[str, dict]]:
-    """Before and after, greedy and sampled, by split and by both scorers: (name, scores); parts are indented."""
+    """Before and after, greedy and sampled, by split and by both scorers:
+    (name, scores); parts are indented."""
     rows = []
     for when in ("before", "after"):
         if when in summary:
@@ -74,7 +76,7 @@ def table(summary: dict) -> str:
     return "\n".join([HEADER, *(score_row(name, scores) for name, scores in score_rows(summary))])
 
 
-# --- reading a run folder -----------------------------------------------------------------------------------
+# --- reading a run folder -------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
@@ -117,14 +119,17 @@ def open_run(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise ReportError(f"{folder} is not a folder; name one that a run wrote (its --out)")
     if not read_json(folder / "config.json"):
-        raise ReportError(f"{folder} has no readable config.json; name a folder that a run wrote (its --out)")
+        raise ReportError(
+            f"{folder} has no readable config.json; name a folder that a run wrote (its --out)")
     return folder
 
 
-# --- text that is safe to look at -----------------------------------------------------------------------------
+# --- text that is safe to look at -----------------------------------------------------------------
 
-# Control characters but line break and tab, line and paragraph separators, marks of writing direction, surrogates.
-DISTURBING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+# Control characters but line break and tab, line and paragraph separators, marks of writing
+# direction, surrogates.
+DISTURBING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 PYTHON = re.compile(r"""
     (?P<comment>\#[^\n]*)
@@ -152,19 +157,23 @@ def shown(text: str | None) -> str | None:
     """The text, if it is not longer than a page can bear; else its beginning."""
     if text is None or len(text) <= TEXT_LIMIT:
         return text
-    return text[:TEXT_LIMIT] + f" ... ({len(text) - TEXT_LIMIT:,} more characters are in the run folder)"
+    return text[
+        :TEXT_LIMIT] + f" ... ({len(text) - TEXT_LIMIT:,} more characters are in the run folder)"
 
 
 def templates() -> Environment:
-    """The one way into the page: whatever a template prints is first made `visible`, then escaped."""
+    """The one way into the page: whatever a template prints is first made
+    `visible`, then escaped."""
     def finalize(value):
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-    return Environment(loader=FileSystemLoader(Path(__file__).parent / "data"), autoescape=True, finalize=finalize,
+    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                       finalize=finalize,
                        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def highlight(text: str) -> list[tuple[str, str]]:
-    """The text of a turn as (kind, piece): the protocol's tags, and Python between <code> and </code>.
+    """The text of a turn as (kind, piece): the protocol's tags, and Python between <code> and
+    </code>.
 
     >>> highlight("<code>x = 1 # one</code>")[1:]
     [('', 'x = '), ('number', '1'), ('', ' '), ('comment', '# one'), ('tag', '</code>')]
@@ -206,7 +215,7 @@ def cut(pieces: list[tuple[str, str]], widths: list[int]) -> list[list[tuple[str
     return tokens
 
 
-# --- curves ----------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -229,15 +238,18 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [tuple(sum(values) / len(part) for values in zip(*part)) for part in parts]
 
 
-def chart(title: str, unit: str, series: list[tuple[str, str, list]], top: float | None = None) -> dict | None:
+def chart(title: str, unit: str, series: list[tuple[str, str, list]],
+          top: float | None = None) -> dict | None:
     """A drawing for the template; None if there is nothing to draw.
 
-    series: (name, kind, [(step, value)]); the kinds are "line", "points" and "parts" (small points).
-    Values that are missing or not finite are gaps. Coordinates are those of a 480 x 260 picture.
+    series: (name, kind, [(step, value)]); the kinds are "line", "points" and "parts" (small
+    points). Values that are missing or not finite are gaps. Coordinates are those of a 480 x 260
+    picture.
     """
     series = [(name, kind, [(x, y) for x, y in points if y is not None and math.isfinite(y)])
               for name, kind, points in series]
-    series = [(name, kind, thinned(points) if kind == "line" else points) for name, kind, points in series if points]
+    series = [(name, kind, thinned(points) if kind == "line" else points) for name, kind,
+              points in series if points]
     if not series:
         return None
     xs, ys = ([p[axis] for _, _, points in series for p in points] for axis in (0, 1))
@@ -251,7 +263,8 @@ def chart(title: str, unit: str, series: list[tuple[str, str, list]], top: float
     return {"title": title, "unit": unit,
             "x_ticks": [(place(x, 0)[0], f"{x:g}") for x in x_ticks if x <= x_end],
             "y_ticks": [(place(0, y)[1], f"{y:g}") for y in y_ticks],
-            "series": [{"name": name, "kind": kind, "colour": i, "points": [place(*p) for p in points]}
+            "series": [{"name": name, "kind": kind, "colour": i,
+                        "points": [place(*p) for p in points]}
                        for i, (name, kind, points) in enumerate(series)]}
 
 
@@ -268,21 +281,25 @@ def charts(metrics: list[dict], evaluations: list[dict]) -> list[dict]:
             ("reward", "line", of("reward_mean")),
             *((name, "line", of(name)) for name in ("answer", "format", "problem", "accuracy"))]),
         chart("Exact match", "percent", [
-            ("training, sampled", "line", of("em", 100.0)), ("held out, greedy", "points", held_out(lambda e: e["em"])),
+            ("training, sampled", "line", of("em", 100.0)),
+            ("held out, greedy", "points", held_out(lambda e: e["em"])),
             ("held out, sampled", "points", held_out(lambda e: e.get("sampled", {}).get("em"))),
-            *((f"greedy, {split}", "parts", held_out(lambda e, split=split: e.get("splits", {}).get(split, {}).get("em")))
+            *((f"greedy, {split}", "parts",
+               held_out(lambda e, split=split: e.get("splits", {}).get(split, {}).get("em")))
               for split in splits[:3] if len(splits) > 1)], top=100),
         chart("KL and entropy", "nats a token", [("KL to the reference", "line", of("kl")),
                                                  ("entropy", "line", of("entropy"))]),
-        chart("Loss and gradient", "no unit", [("gradient norm", "line", of("grad_norm")), ("loss", "line", of("loss"))])]
+        chart("Loss and gradient", "no unit",
+              [("gradient norm", "line", of("grad_norm")), ("loss", "line", of("loss"))])]
     return [picture for picture in drawn if picture]
 
 
-# --- episodes --------------------------------------------------------------------------------------------------
+# --- episodes -------------------------------------------------------------------------------------
 
 
 def shade(value: float, bounds: tuple[float, ...]) -> str:
-    """A class of the style sheet: "u" above zero, "d" below, with a number from 1 (pale) to 4; "" near zero.
+    """A class of the style sheet: "u" above zero, "d" below, with a number from 1 (pale) to 4; ""
+    near zero.
 
     >>> shade(0.3, (0.01, 0.5, 1, 1.5)), shade(-2, (0.01, 0.5, 1, 1.5)), shade(0.0, (0.01, 0.5, 1, 1.5))
     ('u1', 'd4', '')
@@ -302,14 +319,17 @@ def turn_tokens(tokens: dict) -> list[list[int]]:
 
 
 def shaded_text(tokens: dict, entries: list[int]) -> list[dict]:
-    """A turn's tokens for the template: pieces of highlighted text, the ratio's shade, what the pointer shows."""
+    """A turn's tokens for the template: pieces of highlighted text, the
+    ratio's shade, what the pointer shows."""
     texts = [tokens["tokens"][t] for t in entries]
     pieces, spans = cut(highlight("".join(texts)), [len(text) for text in texts]), []
     for t, parts in zip(entries, pieces):
         old, new = tokens["logp_old"][t], tokens["logp"][t]
         tip = f"ratio {math.exp(min(new - old, 99)):.3f}, log-prob {old:.3f} -> {new:.3f}"
-        near_certain = abs(new - old) < LOG_RATIOS[0] and old > -0.01       # most tokens: the page has room for others
-        spans.append({"shade": shade(new - old, LOG_RATIOS), "tip": None if near_certain else tip, "parts": parts})
+        # most tokens: the page has room for others
+        near_certain = abs(new - old) < LOG_RATIOS[0] and old > -0.01
+        spans.append({"shade": shade(new - old, LOG_RATIOS), "tip": None if near_certain else tip,
+                      "parts": parts})
     return spans
 
 
@@ -322,19 +342,25 @@ def episode_view(record: dict, tokens: dict | None, album: "Album") -> dict:
         out = album.key(turn["image"])
         with_tokens = len(entries) == len(record["turns"]) and len(turn["text"]) <= TEXT_LIMIT
         turns.append({
-            "action": turn["action"], "finished": turn["finished"], "image_in": image, "image_out": out,
+            "action": turn["action"], "finished": turn["finished"], "image_in": image,
+            "image_out": out,
             "spans": shaded_text(tokens, entries[k]) if with_tokens else
                      [{"shade": "", "tip": None, "parts": highlight(text)}],
-            "ran": highlight(f"<code>{shown(turn['ran'])}</code>")[1:-1] if turn.get("ran") else None,
+            "ran": highlight(f"<code>{shown(turn['ran'])}</code>")[1:-1] if turn.get("ran")
+            else None,
             "observation": shown(turn["observation"]), "error": shown(turn.get("error"))})
         image = out or image
     reward = record["reward"]
-    parts = [(name, value) for name, value in reward.items() if name not in ("total", "em") and value is not None]
+    parts = [(name, value) for name,
+             value in reward.items() if name not in ("total", "em") and value is not None]
     advantage = record.get("advantage")
-    return {"turns": turns, "input": album.key(record.get("input")), "total": reward["total"], "parts": parts,
-            "right": bool(reward.get("em") if reward.get("accuracy") is None else reward["accuracy"] == 1),
+    return {"turns": turns, "input": album.key(record.get("input")), "total": reward["total"],
+            "parts": parts,
+            "right": bool(reward.get("em") if reward.get("accuracy") is None else reward["accuracy"]
+                          == 1),
             "answer": shown(record["answer"]), "ended": record["ended"],
-            "advantage": advantage, "shade": shade(advantage or 0.0, ADVANTAGES), "index": record.get("index", 0)}
+            "advantage": advantage, "shade": shade(advantage or 0.0, ADVANTAGES),
+            "index": record.get("index", 0)}
 
 
 class Album:
@@ -344,14 +370,16 @@ class Album:
         self.folder, self.keys, self.images, self.size = folder.resolve(), {}, [], 0
 
     def key(self, name: str | None) -> int | None:
-        """The number of an image file of the run folder; None if there is none or it cannot be read."""
+        """The number of an image file of the run folder; None if there is none
+        or it cannot be read."""
         if name is not None and name not in self.keys:
             self.keys[name] = self.add(name)
         return self.keys.get(name)
 
     def add(self, name: str) -> int | None:
         path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder):        # a folder from elsewhere must not embed this machine's files
+        # a folder from elsewhere must not embed this machine's files
+        if not path.is_relative_to(self.folder):
             return None
         try:
             with Image.open(path) as image:
@@ -362,7 +390,8 @@ class Album:
         files = {kind: io.BytesIO() for kind in ("png", "jpeg")}
         for kind, file in files.items():
             image.save(file, kind, quality=85)
-        kind, data = min(((kind, file.getvalue()) for kind, file in files.items()), key=lambda pair: len(pair[1]))
+        kind, data = min(((kind, file.getvalue()) for kind, file in files.items()),
+                         key=lambda pair: len(pair[1]))
         self.images.append({"data": f"data:image/{kind};base64,{base64.b64encode(data).decode()}",
                             "width": image.width, "height": image.height})
         self.size += len(self.images[-1]["data"]) + 80
@@ -375,11 +404,12 @@ class Album:
         self.keys = {name: key for name, key in self.keys.items() if key is None or key < length}
 
 
-# --- which episodes ----------------------------------------------------------------------------------------------
+# --- which episodes -------------------------------------------------------------------------------
 
 
 def spread(things: list) -> list:
-    """The first, the last, then the others in an order whose every beginning is spread evenly (golden ratio)."""
+    """The first, the last, then the others in an order whose every beginning
+    is spread evenly (golden ratio)."""
     ends = things[:1] + things[:0:-1][:1]
     middle = sorted(range(1, len(things) - 1), key=lambda i: i * 0.6180339887498949 % 1)
     return ends + [things[i] for i in middle]
@@ -387,8 +417,9 @@ def spread(things: list) -> list:
 
 def index_episodes(folder: Path) -> tuple[dict, dict]:
     """Where episodes.jsonl has what the page shows, as offsets in bytes: of the evaluations
-    {sample's place: {"before": offset, "after": offset}}, of each step's first group {step: [(index, offset), ...]}.
-    Of two lines for one place (a run that was resumed) the later one counts."""
+    {sample's place: {"before": offset, "after": offset}}, of each step's first group {step:
+    [(index, offset), ...]}. Of two lines for one place (a run that was resumed) the later one
+    counts."""
     group = read_json(folder / "config.json").get("group_size", 8)
     held_out, steps, counters = defaultdict(dict), defaultdict(dict), defaultdict(int)
     for offset, record in read_lines(folder / "episodes.jsonl"):
@@ -399,12 +430,14 @@ def index_episodes(folder: Path) -> tuple[dict, dict]:
             held_out[index][when] = offset
         elif index < group and when.removeprefix("step-").isdecimal():
             steps[int(when.removeprefix("step-"))][index] = offset
-    return dict(sorted(held_out.items())), {step: sorted(steps[step].items()) for step in sorted(steps)}
+    return dict(sorted(held_out.items())), {step: sorted(steps[step].items())
+                                            for step in sorted(steps)}
 
 
 def held_out_case(folder: Path, place: int, offsets: dict, album: Album) -> dict:
     """The episodes before and after training of one held-out sample."""
-    records = {when: read_at(folder / "episodes.jsonl", offsets[when]) for when in ("before", "after") if when in offsets}
+    records = {when: read_at(folder / "episodes.jsonl", offsets[when])
+               for when in ("before", "after") if when in offsets}
     views = {when: episode_view(record, None, album) for when, record in records.items()}
     right = [view["right"] for view in views.values()]
     result = ["right" if right[-1] else "wrong"]
@@ -419,20 +452,26 @@ def step_cases(folder: Path, step: int, offsets: list, tokens: dict, album: Albu
     for index, offset in offsets:
         record = read_at(folder / "episodes.jsonl", offset)
         where = tokens.get((f"step-{step}", index))
-        view = episode_view(record, None if where is None else read_at(folder / "tokens.jsonl", where), album)
-        cases.append(case_of(record, str(step), ["right" if view["right"] else "wrong"], {f"episode {index + 1}": view}))
+        view = episode_view(record,
+                            None if where is None else read_at(folder / "tokens.jsonl", where),
+                            album)
+        cases.append(case_of(record, str(step), ["right" if view["right"] else "wrong"],
+                             {f"episode {index + 1}": view}))
     return cases
 
 
 def case_of(record: dict, step: str, result: list[str], views: dict) -> dict:
-    return {"sample": shown(str(record["sample"])), "question": shown(record["question"]), "step": step, "result": result,
+    return {"sample": shown(str(record["sample"])), "question": shown(record["question"]),
+            "step": step, "result": result,
             "gold": [shown(str(gold)) for gold in record["gold"]][:20], "views": views,
-            "problems": [shown(p) for p in record["problems"]], "split": shown(record["split"] or "")}
+            "problems": [shown(p) for p in record["problems"]],
+            "split": shown(record["split"] or "")}
 
 
-def choose(render_case, makers: list, album: Album, budget: int) -> tuple[list[str], int, list[dict]]:
-    """Renders what fits into `budget` bytes. makers: (place, function that makes cases). Returns (cases in the order
-    of their places, bytes used, what the filters can choose from)."""
+def choose(render_case, makers: list, album: Album, budget: int) -> tuple[list[str], int,
+        list[dict]]:
+    """Renders what fits into `budget` bytes. makers: (place, function that makes cases). Returns
+    (cases in the order of their places, bytes used, what the filters can choose from)."""
     kept, used, facts = {}, 0, []
     for place, make in spread(makers):
         before, images = album.size, len(album.images)
@@ -444,15 +483,17 @@ def choose(render_case, makers: list, album: Album, budget: int) -> tuple[list[s
             continue
         used += cost
         kept[place] = pages
-        facts += [{name: case[name] for name in ("step", "result", "split", "problems")} for case in cases]
+        facts += [{name: case[name] for name in ("step", "result", "split", "problems")}
+                  for case in cases]
     return [page for place in sorted(kept) for page in kept[place]], used, facts
 
 
-# --- the page ------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def write(folder: str | Path) -> Path:
-    """Makes report.html of a run folder, whole or not at all. Returns its path. Raises ReportError."""
+    """Makes report.html of a run folder, whole or not at all. Returns its
+    path. Raises ReportError."""
     folder = open_run(folder)
     page = render(folder)
     new = folder / "report.html.new"
@@ -469,23 +510,28 @@ def render(folder: Path) -> str:
     evaluations = read_evaluations(folder)
     scores = {e["when"]: e for e in evaluations if e["when"] in ("before", "after")} | summary
     return environment.get_template("report.html").render(
-        config={"commit": ""} | {name: shown(str(value))[:2000] for name, value in config.items()}, steps=len(metrics),
+        config={"commit": ""} | {name: shown(str(value))[:2000] for name, value in config.items()},
+        steps=len(metrics),
         state=state(config, summary, metrics), charts=charts(metrics, evaluations),
-        averaged=math.ceil(len(metrics) / CURVE_POINTS), rows=score_rows(scores)[:60], phases=phases(summary, metrics),
+        averaged=math.ceil(len(metrics) / CURVE_POINTS), rows=score_rows(scores)[:60],
+        phases=phases(summary, metrics),
         warnings=warnings(metrics), **episodes_of(folder, environment.get_template("episode.html")))
 
 
 def read_evaluations(folder: Path) -> list[dict]:
-    """The lines of evaluations.jsonl in the order of steps; of two for one evaluation the later one."""
+    """The lines of evaluations.jsonl in the order of steps; of two for one
+    evaluation the later one."""
     found = {e.get("when"): e for _, e in read_lines(folder / "evaluations.jsonl")}
     return sorted(found.values(), key=lambda e: (e["step"], e["when"] == "after"))
 
 
 def state(config: dict, summary: dict, metrics: list[dict]) -> str:
-    done = f"{len(metrics)} of {config.get('steps')} steps" if not config.get("eval_only") else "evaluation only"
+    done = (f"{len(metrics)} of {config.get('steps')} steps" if not config.get("eval_only")
+            else "evaluation only")
     if not summary:
         return f"{done}; the run is still going on, or was stopped before it could write its summary"
-    return f"{done} in {summary['seconds']:.0f} s" + ("; interrupted" if summary.get("interrupted") else "")
+    return f"{done} in {summary['seconds']:.0f} s" + ("; interrupted" if summary.get("interrupted")
+                                                      else "")
 
 
 def phases(summary: dict, metrics: list[dict]) -> list[tuple[str, float, float]]:
@@ -496,29 +542,34 @@ def phases(summary: dict, metrics: list[dict]) -> list[tuple[str, float, float]]
             for name, value in m.get("seconds_by_phase", {}).items():
                 seconds[name] += value
     total = sum(seconds.values()) or 1.0
-    return sorted(((name, value, value / total) for name, value in seconds.items()), key=lambda phase: -phase[1])
+    return sorted(((name, value, value / total) for name, value in seconds.items()),
+                  key=lambda phase: -phase[1])
 
 
 def warnings(metrics: list[dict]) -> list[dict]:
-    """What went wrong, by name: in how many steps, first and last of them, the last message and the option to use."""
+    """What went wrong, by name: in how many steps, first and last of them,
+    the last message and the option to use."""
     found = {}
     for m in metrics:
         for warning in m.get("warnings") or []:
             one = found.setdefault(warning["name"], {"count": 0, "first": m["step"]})
-            one |= {name: shown(str(warning.get(name, ""))) for name in ("name", "message", "option")}
+            one |= {name: shown(str(warning.get(name, "")))
+                    for name in ("name", "message", "option")}
             one |= {"count": one["count"] + 1, "last": m["step"]}
     return list(found.values())
 
 
 def episodes_of(folder: Path, template) -> dict:
-    """The episode browser's part of the page: cases, images, what to filter by, and how much is shown."""
+    """The episode browser's part of the page: cases, images, what to filter
+    by, and how much is shown."""
     album = Album(folder)
     held_out, steps = index_episodes(folder)
     tokens = {(record.get("when"), record.get("index")): offset
               for offset, record in read_lines(folder / "tokens.jsonl")}
 
     def render_case(case: dict) -> str:
-        return template.render(case=case, sizes=[(image["width"], image["height"]) for image in album.images])
+        return template.render(case=case,
+                               sizes=[(image["width"], image["height"]) for image in album.images])
     pairs, used, facts = choose(
         render_case, album=album, budget=FOR_EVALUATIONS,
         makers=[(i, lambda i=i: [held_out_case(folder, i, held_out[i], album)]) for i in held_out])
@@ -528,36 +579,46 @@ def episodes_of(folder: Path, template) -> dict:
     facts += more
 
     def values(name: str) -> list[str]:
-        found = {value for fact in facts for value in ([fact[name]] if isinstance(fact[name], str) else fact[name])}
-        in_order = sorted(found - {""}, key=lambda v: (v.isdecimal(), int(v) if v.isdecimal() else 0, v))
+        found = {value for fact in facts
+                 for value in ([fact[name]] if isinstance(fact[name], str) else fact[name])}
+        in_order = sorted(found - {""},
+                          key=lambda v: (v.isdecimal(), int(v) if v.isdecimal() else 0, v))
         return in_order[:2000]
     return {"cases": [Markup(case) for case in pairs + groups], "images": album.images,
             "filters": {name: values(name) for name in ("result", "split", "problems", "step")},
-            "shown": {"pairs": len(pairs), "all_pairs": len(held_out), "steps": len({f["step"] for f in more}),
-                      "all_steps": len(steps)}, "image_side": IMAGE_SIDE, "limit_mb": LIMIT // 1_000_000,
+            "shown": {"pairs": len(pairs), "all_pairs": len(held_out),
+                      "steps": len({f["step"] for f in more}),
+                      "all_steps": len(steps)}, "image_side": IMAGE_SIDE,
+            "limit_mb": LIMIT // 1_000_000,
             "with_tokens": bool(tokens)}
 
 
-# --- one episode in the terminal -------------------------------------------------------------------------------------
+# --- one episode in the terminal ------------------------------------------------------------------
 
 
 def show_episode(number: str, folder: str | Path) -> str:
-    """The N-th line of tokens.jsonl (from 1) as a table. Raises ReportError that says what there is."""
+    """The N-th line of tokens.jsonl (from 1) as a table. Raises ReportError
+    that says what there is."""
     path = open_run(folder) / "tokens.jsonl"
     found = [(offset, record["when"]) for offset, record in read_lines(path)]
     if not found:
-        raise ReportError(f"{path} holds no episode; the run made no step, or was made with --record-tokens off")
+        raise ReportError(
+            f"{path} holds no episode; the run made no step, or was made with --record-tokens off")
     if not number.isdecimal() or not 1 <= int(number) <= len(found):
-        raise ReportError(f"--show-episode {number}: {path} has episodes 1 to {len(found)}: {available(found)}")
+        raise ReportError(
+            f"--show-episode {number}: {path} has episodes 1 to {len(found)}: {available(found)}")
     record = read_at(path, found[int(number) - 1][0])
-    head = [f"episode {number} of {len(found)}: {record['when']}, number {record['index'] + 1} of its group, "
+    head = [f"episode {number} of {len(found)}: {record['when']}, number {record['index'] + 1} of "
+            f"its group, "
             f"sample {visible(str(record['sample']))}, advantage {record['advantage']:+.3f}"]
     for _, episode in read_lines(path.with_name("episodes.jsonl")):
         if (episode["when"], episode.get("index")) == (record["when"], record["index"]):
-            parts = ", ".join(f"{name} {value:g}" for name, value in episode["reward"].items() if value is not None)
+            parts = ", ".join(f"{name} {value:g}" for name,
+                              value in episode["reward"].items() if value is not None)
             head.append(f"gold {one_line(' | '.join(map(str, episode['gold'])))}, answer "
                         f"{one_line(str(episode['answer']))}, reward: {parts}")
-    return "\n".join([*head, "", f"{'position':>9}  {'token':24} {'role':6} mask {'logp_old':>9} {'logp':>9} "
+    return "\n".join([*head, "",
+                      f"{'position':>9}  {'token':24} {'role':6} mask {'logp_old':>9} {'logp':>9} "
                       f"{'ratio':>7} {'advantage':>9}", *token_lines(record)])
 
 
@@ -577,7 +638,8 @@ def one_line(text: str, width: int = 60) -> str:
 
 
 def token_lines(record: dict) -> list[str]:
-    """One line a token. What was not sampled has no log-prob that counts, no ratio, no advantage."""
+    """One line a token. What was not sampled has no log-prob that counts, no
+    ratio, no advantage."""
     lines, position = [], 0
     for t, token in enumerate(record["tokens"]):
         count, sampled = record["count"][t], record["mask"][t] == "1"

@@ -1,10 +1,12 @@
-"""kill -9 at random moments, resumed each time, compared in the end with a run that was never stopped. By hand:
+"""kill -9 at random moments, resumed each time, compared in the end with a run that was never
+stopped. By hand:
 
-    python tests/kills.py --kills 30
+    python tests/measure/kills.py --kills 30
 
-The processes are forks of this one, so that the libraries are imported once. After each kill every file of the run
-folder must be readable and at most the step in progress lost. When a run is finished it is compared bit for bit, and
-another one begins until there were enough kills. Exit code 1 at any fault.
+The processes are forks of this one, so that the libraries are imported once. After each kill every
+file of the run folder must be readable and at most the step in progress lost. When a run is
+finished it is compared bit for bit, and another one begins until there were enough kills. Exit code
+1 at any fault.
 """
 
 import argparse
@@ -17,14 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure"), str(ROOT / "tests")]
 
-import resume
+from extras import resume
 from arft import main as arft
 from test_resume import assert_same_run
 
-OPTIONS = ["--steps", "12", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32", "--eval-samples", "1",
+OPTIONS = ["--steps", "12", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens",
+           "32", "--eval-samples", "1",
            "--max-turns", "1", "--eval-every", "4"]
 
 
@@ -41,7 +44,8 @@ def start(*options: str) -> int:
 
 
 def readable(out: Path) -> tuple[int, int]:
-    """(steps in metrics.jsonl, step of the newest checkpoint); raises if any file of the folder cannot be read."""
+    """(steps in metrics.jsonl, step of the newest checkpoint); raises if any
+    file of the folder cannot be read."""
     for file in [*out.glob("*.json"), *out.glob("best/*.json"), *out.glob("model/*.json")]:
         json.loads(file.read_text())
     recorded = len(resume.read_lines(out / "metrics.jsonl"))
@@ -52,7 +56,8 @@ def readable(out: Path) -> tuple[int, int]:
 
 
 def kill_once(out: Path, wait: float) -> bool:
-    """Starts or resumes the run and kills it `wait` seconds after it took the folder. False: it ended before that."""
+    """Starts or resumes the run and kills it `wait` seconds after it took
+    the folder. False: it ended before that."""
     config = out / "config.json"
     before = config.stat().st_mtime_ns if config.exists() else 0
     process = start("--resume", str(out)) if before else start(*OPTIONS, "--out", str(out))
@@ -68,8 +73,10 @@ def kill_once(out: Path, wait: float) -> bool:
         os.kill(process, signal.SIGKILL)
         ended = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(ended[1])
-    finished = (out / "summary.json").exists() and "after" in json.loads((out / "summary.json").read_text())
-    assert code in (0, -signal.SIGKILL) or finished, f"exit code {code}"        # 2: it was killed at its very end
+    finished = (out / "summary.json").exists() and "after" in json.loads(
+        (out / "summary.json").read_text())
+    # 2: it was killed at its very end
+    assert code in (0, -signal.SIGKILL) or finished, f"exit code {code}"
     return code == -signal.SIGKILL
 
 
@@ -89,12 +96,14 @@ def main() -> int:
             if kill_once(out, rng.uniform(0, seconds / 4) if kills < given.kills else 3600):
                 kills += 1
                 recorded, saved = readable(out)
-                print(f"kill {kills}: {recorded} steps recorded, checkpoint of step {saved}", flush=True)
+                print(f"kill {kills}: {recorded} steps recorded, checkpoint of step {saved}",
+                      flush=True)
                 assert recorded - saved <= 1, "more than the step in progress was lost"
             else:
                 assert_same_run(out, whole)
                 finished += 1
-                print(f"run {finished} is finished, and is the run that was never stopped", flush=True)
+                print(f"run {finished} is finished, and is the run that was never stopped",
+                      flush=True)
     print(f"{kills} kills, {finished} runs compared bit for bit, no fault")
     return 0
 

@@ -1,18 +1,22 @@
 """The paper's way (--protocol paper): one user message that grows, and training on single steps.
 
-What it teaches: how the authors' checkpoints were trained and asked, so that they can be asked in the same way, and
-how that differs from an episode. rollout.py keeps one conversation: turns and observations are appended, every image
-stays in view. Here each turn starts from nothing with *one* user message
+What it teaches: how the authors' checkpoints were trained and asked, so that they can be asked in
+the same way, and how that differs from an episode. rollout.py keeps one conversation: turns and
+observations are appended, every image stays in view. Here each turn starts from nothing with *one*
+user message
 
-    image as it is now, system prompt, <query> question </query>, what the model wrote so far, <tips> or <information>
+    image as it is now, system prompt, <query> question </query>, what the model wrote so far,
+    <tips> or <information>
 
-and a program's image replaces the one before. In training there is one turn: the row's stored turns of the teacher
-stand where the model's own would be (`mat.StepSample`), no tool runs, and `rewards.step_reward` pays the turn.
-The text of earlier turns is tokenised again with every message; the ids of the newest turn are the sampled ones, and
-training, which has no other, keeps all laws of rollout.py.
+and a program's image replaces the one before. In training there is one turn: the row's stored turns
+of the teacher stand where the model's own would be (`mat.StepSample`), no tool runs, and
+`rewards.step_reward` pays the turn. The text of earlier turns is tokenised again with every
+message; the ids of the newest turn are the sampled ones, and training, which has no other, keeps
+all laws of rollout.py.
 
-Differences from rollout.py that follow from it: nothing is cached between turns (the message is prefilled again), and
-ids, mask, log-probs and images of an Episode are those of its last message and turn.
+Differences from rollout.py that follow from it: nothing is cached between turns (the message is
+prefilled again), and ids, mask, log-probs and images of an Episode are those of its last message
+and turn.
 
 The defects of the released code, B1 to B17. Each is absent, or an option that is named here:
 
@@ -54,15 +58,18 @@ TIP_CROP = "Write code that cuts the region named in the question out of the ima
 TIP_NONE = "The image needs no repair. Answer the question."
 TIP_REPAIR = "Write code that repairs the image."
 
-BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d+(?:\.\d+)?)"] * 4) + r"\s*\]")       # [366, 723, 506, 851]
-SLICE = re.compile(r"\[[^\[\]:,]*:[^\[\]:,]*,[^\[\]:,]*:[^\[\]:,]*\]")                  # [y1:y2, x1:x2]
+# [366, 723, 506, 851]
+BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
+# [y1:y2, x1:x2]
+SLICE = re.compile(r"\[[^\[\]:,]*:[^\[\]:,]*,[^\[\]:,]*:[^\[\]:,]*\]")
 
 
-# --- the message ---------------------------------------------------------------------------------------------------
+# --- the message ----------------------------------------------------------------------------------
 
 
 def message(episode: Episode, system_prompt: str) -> str:
-    """The text of the one user message: a function of the sample and of what was written so far, of nothing else."""
+    """The text of the one user message: a function of the sample and of what
+    was written so far, of nothing else."""
     sample = episode.sample
     parts = [system_prompt, f"<query> {sample.question} </query>"]
     parts += [sample.context] if isinstance(sample, StepSample) else []
@@ -71,11 +78,13 @@ def message(episode: Episode, system_prompt: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def restart(policy: Policy, episode: Episode, inputs: dict[int, ImageInput], limits: Limits) -> bool:
-    """Makes the next message the episode's ids. False, and the episode has ended, if it does not fit (law 5).
+def restart(policy: Policy, episode: Episode, inputs: dict[int, ImageInput],
+            limits: Limits) -> bool:
+    """Makes the next message the episode's ids. False, and the episode has ended, if it does not
+    fit (law 5).
 
-    inputs: the processed images by id of the image (all stay alive meanwhile: no id is given twice); episodes that
-    look at one image share it.
+    inputs: the processed images by id of the image (all stay alive meanwhile: no id is given
+    twice); episodes that look at one image share it.
     """
     view, images = episode.view, []
     if view is not None:
@@ -91,11 +100,12 @@ def restart(policy: Policy, episode: Episode, inputs: dict[int, ImageInput], lim
     return True
 
 
-# --- the environment -----------------------------------------------------------------------------------------------
+# --- the environment ------------------------------------------------------------------------------
 
 
 def question_box(question: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """The box in a crop question, in pixels (x1, y1, x2, y2) of an image of `size` (width, height); None without one.
+    """The box in a crop question, in pixels (x1, y1, x2, y2) of an image of `size` (width, height);
+    None without one.
 
     >>> question_box("Read the text within the [366, 723, 506, 851] of the image.", (1000, 500))
     (366, 361, 506, 425)
@@ -108,11 +118,14 @@ def question_box(question: str, size: tuple[int, int]) -> tuple[int, int, int, i
 
 
 def with_question_box(episode: Episode) -> Action:
-    """The episode's last program with the question's box in place of every slice [a:b, c:d], if it named the problem
-    crop last; else as written. (The released evaluation does so: its crops are never the model's own.)"""
+    """The episode's last program with the question's box in place of every slice [a:b, c:d], if it
+    named the problem crop last; else as written. (The released evaluation does so: its crops are
+    never the model's own.)"""
     action = episode.turns[-1].action
-    stated = next((t.action.value for t in reversed(episode.turns) if t.action.kind == "problem"), ())
-    box = question_box(episode.sample.question, episode.view.size) if episode.view and "crop" in stated else None
+    stated = next((t.action.value for t in reversed(episode.turns) if t.action.kind == "problem"),
+                  ())
+    box = question_box(episode.sample.question,
+                       episode.view.size) if episode.view and "crop" in stated else None
     if box is None:
         return action
     x1, y1, x2, y2 = box
@@ -120,7 +133,8 @@ def with_question_box(episode: Episode) -> Action:
 
 
 def respond(turn: Turn, text: str, code_errors: str) -> str:
-    """What the next message has behind the turn; `text` is what rollout.py would reply. "": nothing."""
+    """What the next message has behind the turn; `text` is what rollout.py
+    would reply. "": nothing."""
     action, execution = turn.action, turn.execution
     if action.kind == "problem":
         return TIPS.format(TIP_CROP if "crop" in action.value else
@@ -131,10 +145,11 @@ def respond(turn: Turn, text: str, code_errors: str) -> str:
 
 
 def act(episodes: list[Episode], tools: Tools | None, crop_box: str, code_errors: str) -> None:
-    """Runs the last turns' actions. A program's image replaces the episode's; the reply is kept with the turn.
+    """Runs the last turns' actions. A program's image replaces the episode's; the reply is kept
+    with the turn.
 
-    With the question's box, `turn.action.value` is the program that ran ("ran" in episodes.jsonl) and `turn.text` what
-    was written.
+    With the question's box, `turn.action.value` is the program that ran ("ran" in episodes.jsonl)
+    and `turn.text` what was written.
     """
     for episode in episodes:
         if crop_box == "question" and episode.turns[-1].action.kind == "code":
@@ -144,44 +159,53 @@ def act(episodes: list[Episode], tools: Tools | None, crop_box: str, code_errors
         episode.view = view or episode.view
 
 
-# --- whole episodes ------------------------------------------------------------------------------------------------
+# --- whole episodes -------------------------------------------------------------------------------
 
 
 def first_view(sample: Sample, step_side: int) -> Image.Image | None:
-    """The sample's image; that of a single step is stretched to step_side x step_side, as the authors' trainer does."""
+    """The sample's image; that of a single step is stretched to step_side x
+    step_side, as the authors' trainer does."""
     if sample.image_path is None:
         return None
     view = sample.open_image()
-    return view.resize((step_side, step_side)) if step_side and isinstance(sample, StepSample) else view
+    return view.resize((step_side,
+                        step_side)) if step_side and isinstance(sample, StepSample) else view
 
 
 def has_ended(episode: Episode, limits: Limits) -> bool:
     """After a turn: whether it was the last one, and why."""
     turns = 1 if isinstance(episode.sample, StepSample) else limits.max_turns
-    episode.ended = ("cut" if not episode.turns[-1].finished else "answer" if episode.answer is not None else
+    episode.ended = ("cut" if not episode.turns[-1].finished else "answer"
+                     if episode.answer is not None else
                      "turns" if len(episode.turns) == turns else "")
     return bool(episode.ended)
 
 
 @torch.inference_mode()
-def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1, limits: Limits = Limits(),
-            tools: Tools | None, generator: torch.Generator, clock: Clock | None = None, crop_box: str = "question",
+def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1,
+            limits: Limits = Limits(),
+            tools: Tools | None, generator: torch.Generator, clock: Clock | None = None,
+            crop_box: str = "question",
             code_errors: str = "shown", step_side: int = 720) -> list[Episode]:
-    """`group_size` consecutive episodes for each sample: at most limits.max_turns turns, one for a StepSample.
+    """`group_size` consecutive episodes for each sample: at most limits.max_turns turns, one for a
+    StepSample.
 
-    crop_box "question": crops are cut at the question's box, "model": where the program says; code_errors "shown" or
-    "hidden"; step_side: pixels of the square that a step's image is stretched to, 0 for none. tools as in rollout.py.
+    crop_box "question": crops are cut at the question's box, "model": where the program says;
+    code_errors "shown" or "hidden"; step_side: pixels of the square that a step's image is
+    stretched to, 0 for none. tools as in rollout.py.
     """
     clock, inputs = clock or Clock(), {}
     views = [first_view(sample, step_side) for sample in samples]
-    episodes = [Episode(sample, view=view) for sample, view in zip(samples, views) for _ in range(group_size)]
+    episodes = [Episode(sample, view=view) for sample,
+                view in zip(samples, views) for _ in range(group_size)]
     live, alike = episodes, group_size      # that many neighbours begin with the same message
     while live := [episode for episode in live if restart(policy, episode, inputs, limits)]:
         rows, asked = Rows(policy, limits), live[::alike]
         with clock.phase("vision"):
             features = policy.features([image for episode in asked for image in episode.images])
         with clock.phase("prefill"):
-            rows.feed([e.ids for e in asked], [policy.positions(e.ids, e.images) for e in asked], features)
+            rows.feed([e.ids for e in asked], [policy.positions(e.ids, e.images) for e in asked],
+                      features)
             if alike > 1:
                 rows.repeat(alike)
         with clock.phase("decode"):

@@ -1,26 +1,32 @@
-"""The jail: how a model-written program is run so that it can hurt nothing but its own scratch directory.
+"""The jail: how a model-written program is run so that it can hurt nothing but its own scratch
+directory.
 
 This is the kernel half of the code sandbox; `tools.py` is the trainer's half and should be read first.  What it
-teaches: which walls Linux gives an ordinary user (no root, no container, no daemon), in which order they go up, and
+teaches: which walls Linux gives an ordinary user (no root, no container, no daemon), in which order
+they go up, and
 what each of them is for.  Two kinds of process live here, both with an empty environment and none of the trainer's
 memory, files or sockets:
 
-    trainer --socketpair--> zygote (numpy, PIL and cv2 already imported) --fork--> child (locks itself, runs, exits)
+    trainer --socketpair--> zygote (numpy, PIL and cv2 already imported) --fork--> child (locks
+    itself, runs, exits)
 
 The *zygote* is this file, started once per worker by `python jail.py`.  It is slow to start (imports) and quick to
 fork: a program costs a few milliseconds instead of a fresh interpreter's hundred.  It never sees the program: the
 trainer sends three open files, and the child receives and reads them.  The *child* is forked ahead, before its job
-comes, and puts up the walls of `LAYERS` in their order, in an empty directory; then it writes the input image there,
-runs the program, decodes the output image (a hostile file, hence still inside the jail) and leaves raw pixels in the
+comes, and puts up the walls of `LAYERS` in their order, in an empty directory; then it writes the
+input image there, runs the program, decodes the output image (a hostile file, hence still inside
+the jail) and leaves raw pixels in the
 third file.  The zygote watches the clock and the disk, and reports how it ended: that is all it says.  It kills the
-child and reports as soon as the child says that it is done; the process is waited for and its directory removed while
-the trainer goes on, and always before the next child is forked.
+child and reports as soon as the child says that it is done; the process is waited for and its
+directory removed while the trainer goes on, and always before the next child is forked.
 
-Where the kernel is not Linux there are no walls to be had from Python; the child is then a fresh interpreter (to
+Where the kernel is not Linux there are no walls to be had from Python; the child is then a fresh
+interpreter (to
 fork after numpy is not safe on macOS) with resource limits only.  `escapes` tries the jail from inside at the start
 and says what it could do, so that the report is measured and not believed.
 
-Sources: landlock(7), seccomp(2), capabilities(7), prctl(2), and the kernel's headers for the call numbers.
+Sources: landlock(7), seccomp(2), capabilities(7), prctl(2), and the kernel's headers for the call
+numbers.
 """
 
 import ctypes
@@ -48,33 +54,39 @@ import types
 from contextlib import suppress
 from dataclasses import dataclass
 
-INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"  # the paper's names, in the scratch directory
+# the paper's names, in the scratch directory
+INPUT, OUTPUT = "path_to_input_image.jpg", "path_to_output_image.jpg"
 PIXELS, SIDE = 4096 * 4096, 16384   # the largest output image, and the longest
-FILE_BYTES = 128 << 20              # the largest file, and the most a program can print; holds PIXELS raw RGB pixels
+# the largest file, and the most a program can print; holds PIXELS raw RGB pixels
+FILE_BYTES = 128 << 20
 DISK_BYTES, DISK_FILES = 256 << 20, 1000    # the whole scratch directory, looked at every TICK
 OPEN_FILES = 32
-TICK = 0.1                          # seconds between two looks of the zygote at the clock and the disk
+# seconds between two looks of the zygote at the clock and the disk
+TICK = 0.1
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ERROR_BYTES = 2000                  # of the error text; the trainer cuts it again
-BUFFER = 1 << 16                    # bytes that are copied at a time: fresh memory is dear after a fork
-JOB = struct.Struct("<I")           # the first file: bytes of the program; the program; the input image
-RESULT = struct.Struct("<III")      # the third: width, height, bytes of error text; the text or the image as PPM
+# bytes that are copied at a time: fresh memory is dear after a fork
+BUFFER = 1 << 16
+# the first file: bytes of the program; the program; the input image
+JOB = struct.Struct("<I")
+# the third: width, height, bytes of error text; the text or the image as PPM
+RESULT = struct.Struct("<III")
 LINUX = sys.platform == "linux"
-MODULES = """numpy numpy.fft numpy.linalg numpy.random PIL.Image PIL.ImageChops PIL.ImageColor PIL.ImageDraw
-    PIL.ImageEnhance PIL.ImageFilter PIL.ImageFont PIL.ImageOps PIL.ImageStat unicodedata base64 bisect cmath
-    collections colorsys contextlib copy dataclasses datetime decimal enum fractions functools glob hashlib heapq
-    inspect io itertools json math operator pathlib random re shutil statistics string struct tempfile textwrap time
-    traceback typing uuid warnings""".split()
-# What programs do, on a small picture: modules make much of what they need only when it is first asked for.
+MODULES = """numpy numpy.fft numpy.linalg numpy.random PIL.Image PIL.ImageChops PIL.ImageColor
+PIL.ImageDraw
+    PIL.ImageEnhance PIL.ImageFilter PIL.ImageFont PIL.ImageOps PIL.ImageStat unicodedata base64
+    bisect cmath collections colorsys contextlib copy dataclasses datetime decimal enum fractions
+    functools glob hashlib heapq inspect io itertools json math operator pathlib random re shutil
+    statistics string struct tempfile textwrap time traceback typing uuid warnings""".split()
+# What programs do, on a small picture: modules make much of what they need only when it is first
+# asked for.
 REHEARSAL = f"""
 from PIL import Image
 import numpy as np
 Image.new("RGB", (64, 64)).save("{INPUT}", "PPM")
-image = Image.open("{INPUT}").rotate(90, expand=True).crop((0, 0, 32, 32)).resize((64, 64), Image.LANCZOS)
-image = Image.fromarray(np.clip(np.asarray(image).astype(np.float32) * 1.5, 0, 255).astype(np.uint8))
-image.save("{OUTPUT}")
-Image.open("{OUTPUT}").convert("RGB")
-try:
+image = Image.open("{INPUT}").rotate(90, expand=True).crop((0, 0, 32, 32)).resize((64, 64),
+Image.LANCZOS) image = Image.fromarray(np.clip(np.asarray(image).astype(np.float32) * 1.5, 0,
+255).astype(np.uint8)) image.save("{OUTPUT}") Image.open("{OUTPUT}").convert("RGB") try:
     import cv2
     cv2.imwrite("{OUTPUT}", cv2.medianBlur(cv2.flip(cv2.imread("{INPUT}"), -1), 3))
 except ImportError:
@@ -84,7 +96,8 @@ except ImportError:
 
 @dataclass
 class Jail:
-    """What a zygote and its children know: plain numbers and paths, nothing that a program may not read."""
+    """What a zygote and its children know: plain numbers and paths, nothing
+    that a program may not read."""
     parent: int             # process id of the trainer
     tmp: str                # where scratch directories are made
     sites: list[str]        # where numpy, PIL and cv2 are installed: on the path of a program
@@ -98,13 +111,14 @@ class Jail:
     base: str = ""          # this worker's directory; programs run in base/run
 
 
-# --- The walls -------------------------------------------------------------------------------------------------------
+# --- The walls ------------------------------------------------------------------------------------
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def kernel(function: str, *arguments) -> int:
-    """Call a libc function with whole machine words (ctypes would pass 32-bit ints); OSError where it returns -1."""
+    """Call a libc function with whole machine words (ctypes would pass
+    32-bit ints); OSError where it returns -1."""
     words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     result = getattr(libc, function)(*words)
     if result == -1:
@@ -131,23 +145,29 @@ def limit_resources(jail: Jail) -> None:
     for name, value in wanted.items():
         if name == "AS" and not LINUX:
             continue                        # macOS knows the name and refuses the value
-        hard = value + (name == "CPU")      # the soft CPU limit is a signal that can be ignored, the hard one is not
+        # the soft CPU limit is a signal that can be ignored, the hard one is not
+        hard = value + (name == "CPU")
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, hard))
 
 
 def no_new_privileges(jail: Jail) -> None:
-    """No set-uid program can lift this process again; Linux asks for it before landlock and seccomp."""
+    """No set-uid program can lift this process again; Linux asks for it
+    before landlock and seccomp."""
     kernel("prctl", 38, 1, 0, 0, 0)
 
 
 def landlock(jail: Jail) -> None:
-    """From here on only the scratch directory can be written, and only Python and its libraries can be read."""
+    """From here on only the scratch directory can be written, and only
+    Python and its libraries can be read."""
     version = kernel("syscall", 444, None, 0, 1)
     file_read, file_write, listing, remove, create, truncate = 4, 2, 8, 32, 256, 1 << 14
-    handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1     # every right that this kernel knows
-    attributes = struct.pack("=QQQ", handled, 3 * (version >= 4), 3 * (version >= 6))   # files, TCP, signals
+    # every right that this kernel knows
+    handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    # files, TCP, signals
+    attributes = struct.pack("=QQQ", handled, 3 * (version >= 4), 3 * (version >= 6))
     ruleset = kernel("syscall", 444, attributes, len(attributes), 0)
-    # Regular files only: no directory, link, pipe or device can be made, so the output cannot be an exotic thing.
+    # Regular files only: no directory, link, pipe or device can be made, so the output cannot be an
+    # exotic thing.
     rules = {".": file_read | file_write | listing | remove | create | truncate,
              "/dev/null": file_read | file_write | truncate, "/dev/urandom": file_read,
              "/etc/ld.so.cache": file_read}
@@ -162,7 +182,8 @@ def landlock(jail: Jail) -> None:
 
 
 def chroot(jail: Jail) -> None:
-    """The older wall round the files, where landlock is missing: the scratch directory becomes the whole disk.
+    """The older wall round the files, where landlock is missing: the scratch directory becomes the
+    whole disk.
 
     Then only modules that the zygote has imported can be imported.
     """
@@ -186,34 +207,44 @@ def die_with_zygote(jail: Jail) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Calls that image code needs, as name:number on x86_64:number on aarch64 ("-": not there).  What is not here is
-# refused: sockets, processes and threads, signals to others, tracing, links, directories, mounts, shared memory,
-# truncate (any file by its name, before landlock version 3), ...
-ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 lseek:8:62 close:3:57
-    close_range:436:436 fstat:5:80 stat:4:- lstat:6:- newfstatat:262:79 statx:332:291 access:21:- faccessat:269:48
-    getdents64:217:61 readlink:89:- readlinkat:267:78 getcwd:79:17 dup:32:23 dup2:33:- dup3:292:24 pipe:22:-
-    pipe2:293:59 mmap:9:222 munmap:11:215 mprotect:10:226 mremap:25:216 madvise:28:233 brk:12:214 msync:26:227
-    rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 rt_sigpending:127:136
-    sigaltstack:131:132 futex:202:98 restart_syscall:219:128 getpid:39:172 getppid:110:173 gettid:186:178
-    getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177 getresuid:118:148 getresgid:120:150
-    getgroups:115:158 getpgrp:111:- getpgid:121:155 getsid:124:156 uname:63:160 sysinfo:99:179 times:100:153
-    getrusage:98:165 gettimeofday:96:169 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
-    nanosleep:35:101 time:201:- getrandom:318:278 sched_yield:24:124 sched_getaffinity:204:123 getcpu:309:168
-    poll:7:- ppoll:271:73 select:23:- pselect6:270:72 alarm:37:- setitimer:38:103 getitimer:36:102 pause:34:-
-    unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38 renameat2:316:276 ftruncate:77:46
-    fsync:74:82 fdatasync:75:83 copy_file_range:326:285 sendfile:40:71 umask:95:166 getrlimit:97:163
+# Calls that image code needs, as name:number on x86_64:number on aarch64 ("-": not there).  What is
+# not here is refused: sockets, processes and threads, signals to others, tracing, links,
+# directories, mounts, shared memory, truncate (any file by its name, before landlock version 3),
+# ...
+ALLOWED = """read:0:63 write:1:64 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 lseek:8:62
+close:3:57
+    close_range:436:436 fstat:5:80 stat:4:- lstat:6:- newfstatat:262:79 statx:332:291 access:21:-
+    faccessat:269:48 getdents64:217:61 readlink:89:- readlinkat:267:78 getcwd:79:17 dup:32:23
+    dup2:33:- dup3:292:24 pipe:22:- pipe2:293:59 mmap:9:222 munmap:11:215 mprotect:10:226
+    mremap:25:216 madvise:28:233 brk:12:214 msync:26:227 rt_sigaction:13:134 rt_sigprocmask:14:135
+    rt_sigreturn:15:139 rt_sigpending:127:136 sigaltstack:131:132 futex:202:98
+    restart_syscall:219:128 getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174
+    geteuid:107:175 getgid:104:176 getegid:108:177 getresuid:118:148 getresgid:120:150
+    getgroups:115:158 getpgrp:111:- getpgid:121:155 getsid:124:156 uname:63:160 sysinfo:99:179
+    times:100:153 getrusage:98:165 gettimeofday:96:169 clock_gettime:228:113 clock_getres:229:114
+    clock_nanosleep:230:115 nanosleep:35:101 time:201:- getrandom:318:278 sched_yield:24:124
+    sched_getaffinity:204:123 getcpu:309:168 poll:7:- ppoll:271:73 select:23:- pselect6:270:72
+    alarm:37:- setitimer:38:103 getitimer:36:102 pause:34:- unlink:87:- unlinkat:263:35 rename:82:-
+    renameat:264:38 renameat2:316:276 ftruncate:77:46 fsync:74:82 fdatasync:75:83
+    copy_file_range:326:285 sendfile:40:71 umask:95:166 getrlimit:97:163
     exit:60:93 exit_group:231:94 recvmsg:47:212"""    # the last is how the child gets its job: a program has no socket
-# Answers that keep honest programs alive: shutil.copy may think that it changed modes and times, files have no
-# attributes, and nothing is a terminal.
-PRETENDED = """chmod:90:- fchmod:91:52 fchmodat:268:53 chown:92:- fchown:93:55 lchown:94:- fchownat:260:54
+# Answers that keep honest programs alive: shutil.copy may think that it changed modes and times,
+# files have no attributes, and nothing is a terminal.
+PRETENDED = """chmod:90:- fchmod:91:52 fchmodat:268:53 chown:92:- fchown:93:55 lchown:94:-
+fchownat:260:54
     utime:132:- utimes:235:- utimensat:280:88 futimesat:261:-"""
 ATTRIBUTES = "getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13"
-# Calls that depend on an argument: name, which argument, mask, values, and whether these values are the allowed ones.
-INSPECTED = [("open:2:-", 1, 0x203, (0x200, 0x203), False),         # O_TRUNC without writing would empty a file that
-             ("openat:257:56", 2, 0x203, (0x200, 0x203), False),    # may only be read (landlock before version 3)
-             ("fcntl:72:25", 1, 0xFFFFFFFF, (0, 1, 2, 3, 4, 1030), True),   # F_SETOWN can make the kernel signal others
+# Calls that depend on an argument: name, which argument, mask, values, and whether these values are
+# the allowed ones.
+# O_TRUNC without writing would empty a file that
+INSPECTED = [("open:2:-", 1, 0x203, (0x200, 0x203), False),
+             # may only be read (landlock before version 3)
+             ("openat:257:56", 2, 0x203, (0x200, 0x203), False),
+             # F_SETOWN can make the kernel signal others
+             ("fcntl:72:25", 1, 0xFFFFFFFF, (0, 1, 2, 3, 4, 1030), True),
              ("prlimit64:302:261", 0, 0xFFFFFFFF, (0,), True)]      # only one's own limits
-ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}     # column above, AUDIT_ARCH_*
+# column above, AUDIT_ARCH_*
+ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}
 
 
 @functools.cache
@@ -228,7 +259,8 @@ def seccomp_program(machine: str) -> bytes:
         digits = call.split(":")[column]
         return None if digits == "-" else int(digits)
 
-    for calls, verdict in ((ALLOWED, allow), (PRETENDED, refuse + 0), (ATTRIBUTES, refuse + errno.ENOTSUP),
+    for calls, verdict in ((ALLOWED, allow), (PRETENDED, refuse + 0),
+                           (ATTRIBUTES, refuse + errno.ENOTSUP),
                            ("ioctl:16:29", refuse + errno.ENOTTY)):
         for call in calls.split():
             if number(call) is not None:
@@ -242,28 +274,33 @@ def seccomp_program(machine: str) -> bytes:
             tests += [(equal, 0, 1, value), (answer, 0, 0, hit)]
         tests += [(answer, 0, 0, miss)]
         code += [(equal, 0, len(tests), number(call))] + tests
-    # Newer calls do not exist, so that libc falls back on older ones; everything else is not permitted.
-    code += [(at_least, 0, 1, 424), (answer, 0, 0, refuse + errno.ENOSYS), (answer, 0, 0, refuse + errno.EPERM)]
+    # Newer calls do not exist, so that libc falls back on older ones; everything else is not
+    # permitted.
+    code += [(at_least, 0, 1, 424), (answer, 0, 0, refuse + errno.ENOSYS),
+             (answer, 0, 0, refuse + errno.EPERM)]
     return b"".join(struct.pack("=HBBI", *line) for line in code)
 
 
 def seccomp(jail: Jail) -> None:
-    """From here on the kernel answers only the calls that image code needs.  Last, because the others need more."""
+    """From here on the kernel answers only the calls that image code needs.
+    Last, because the others need more."""
     program = ctypes.create_string_buffer(seccomp_program(os.uname().machine))
     kernel("prctl", 22, 2, struct.pack("HL", (len(program) - 1) // 8, ctypes.addressof(program)))
 
 
-LAYERS = {"limits": limit_resources, "no new privileges": no_new_privileges, "landlock": landlock, "chroot": chroot,
+LAYERS = {"limits": limit_resources, "no new privileges": no_new_privileges, "landlock": landlock,
+          "chroot": chroot,
           "no capabilities": drop_capabilities, "parent death": die_with_zygote, "seccomp": seccomp}
 
 
 def lock(jail: Jail, *names: str) -> None:
-    """Put up these walls round this process; OSError if one fails (then the program must not run)."""
+    """Put up these walls round this process; OSError if one fails (then the
+    program must not run)."""
     for name in names:
         LAYERS[name](jail)
 
 
-# --- The child -------------------------------------------------------------------------------------------------------
+# --- The child ------------------------------------------------------------------------------------
 
 def preload(jail: Jail) -> None:
     """Import what programs import, so that a fork has it already."""
@@ -271,13 +308,15 @@ def preload(jail: Jail) -> None:
     sys.path += [path for path in jail.sites if path not in sys.path]
     for name in MODULES:
         importlib.import_module(name)
-    sys.modules["PIL.Image"].init()             # all file formats, which PIL would load at the first need
+    # all file formats, which PIL would load at the first need
+    sys.modules["PIL.Image"].init()
     with suppress(ImportError):
         importlib.import_module("cv2").setNumThreads(0)     # the jail allows one thread
 
 
 def rehearse() -> None:
-    """Run REHEARSAL here, so that a fork has what it leaves behind.  A machine where it fails is only slower."""
+    """Run REHEARSAL here, so that a fork has what it leaves behind.  A
+    machine where it fails is only slower."""
     with suppress(Exception):
         exec(compile(REHEARSAL, "<program>", "exec"), {"__name__": "__main__"})
     for name in (INPUT, OUTPUT):
@@ -286,11 +325,14 @@ def rehearse() -> None:
 
 
 def leave_fresh_memory() -> None:
-    """Let the next large blocks of malloc come from memory that was never used: a fork gets it as huge pages.
+    """Let the next large blocks of malloc come from memory that was never used: a fork gets it as
+    huge pages.
 
-    A page that the zygote has used, even if it is free by now, would be copied, 4 KB at a time, at a program's first
+    A page that the zygote has used, even if it is free by now, would be copied, 4 KB at a time, at
+    a program's first
     write.  So free memory is returned, its holes are filled with blocks that nobody touches, and the rest of the
-    huge page (2 MB) at the end of the heap is given away but for some room for the zygote's own needs.
+    huge page (2 MB) at the end of the heap is given away but for some room for the zygote's own
+    needs.
     """
     if not hasattr(libc, "malloc_trim"):        # only glibc
         return
@@ -306,7 +348,8 @@ def child(jail: Jail, trainer: socket.socket, alive: int) -> None:
     """The life of one program, from the fork to the end of the process.  Does not return.
 
     The child is started ahead of its job: its walls are up when the trainer's message comes.  alive: a pipe; the
-    zygote reads there that the job has come and that it is done, and sees it closing when this process is gone.
+    zygote reads there that the job has come and that it is done, and sees it closing when this
+    process is gone.
     """
     status = 1
     try:
@@ -326,17 +369,20 @@ def child(jail: Jail, trainer: socket.socket, alive: int) -> None:
             job, output, result = files
             image, error = play(error, job, output, result, alive)
             write_result(result, image, error)
-            os.write(alive, message)    # the zygote need not wait until the memory of this process is given back
+            # the zygote need not wait until the memory of this process is given back
+            os.write(alive, message)
         status = 0
     finally:
         os._exit(status)        # no atexit, no destructor, no way back into the zygote's loop
 
 
 def play(error: str, job: int, output: int, result: int, alive: int) -> tuple:
-    """Run the job: (image, error).  job: the program and the input image; output: what it prints."""
+    """Run the job: (image, error).  job: the program and the input image;
+    output: what it prints."""
     os.dup2(output, 1)
     try:
-        with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb", buffering=0) as image:
+        with open(job, "rb", buffering=0, closefd=False) as file, open(INPUT, "wb",
+                                                                       buffering=0) as image:
             file.seek(0)
             source = file.read(*JOB.unpack(file.read(JOB.size)))
             shutil.copyfileobj(file, image, BUFFER)
@@ -350,25 +396,30 @@ def play(error: str, job: int, output: int, result: int, alive: int) -> tuple:
 def close_all_but_standard_and(*kept: int) -> None:
     edges = [2, *sorted(kept), 65536]
     for low, high in zip(edges, edges[1:]):
-        if low + 1 < high:          # an empty range at 0 would close everything (close_range(0, -1))
+        # an empty range at 0 would close everything (close_range(0, -1))
+        if low + 1 < high:
             os.closerange(low + 1, high)
 
 
 def run_program(source: bytes) -> str:
     """Run the program as `__main__`; return what went wrong in one line, or an empty string."""
-    stdout = sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    stdout = sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", errors="replace",
+                                            closefd=False)
     sys.argv = ["program.py"]
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     error = ""
     try:
-        # One dictionary for globals and locals: with two, a function would not see the program's own imports.
+        # One dictionary for globals and locals: with two, a function would not see the program's
+        # own imports.
         exec(compile(source, "<program>", "exec", dont_inherit=True), main.__dict__)
     except SystemExit as stop:
         if stop.code not in (None, 0):
             error = f"the program stopped itself: exit({stop.code!r})"
-    except BaseException as problem:        # whatever a program raises is an observation for the model
+    # whatever a program raises is an observation for the model
+    except BaseException as problem:
         error = describe(problem)
-    main.__dict__.clear()                   # its arrays would leave too little memory to decode its image
+    # its arrays would leave too little memory to decode its image
+    main.__dict__.clear()
     with suppress(OSError, ValueError):     # it may be full or closed
         stdout.flush()
     return error
@@ -411,7 +462,8 @@ def read_output() -> tuple:
         return None, f"{OUTPUT} is not an ordinary file"
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         return None, f"{OUTPUT} is not an ordinary file"
-    Image.MAX_IMAGE_PIXELS = None       # ours is stricter, and is checked before anything is decoded
+    # ours is stricter, and is checked before anything is decoded
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with open(fd, "rb") as file:
             image = Image.open(file, formats=FORMATS)
@@ -433,7 +485,7 @@ def write_result(result: int, image, error: str) -> None:
             image.save(file, "PPM")     # a line of text and raw pixels, in pieces
 
 
-# --- The zygote ------------------------------------------------------------------------------------------------------
+# --- The zygote -----------------------------------------------------------------------------------
 
 def in_fork(function) -> int:
     """Run a function in a fork; its result (0..254) is the exit status, 255 if it raised."""
@@ -451,7 +503,8 @@ def available_layers(jail: Jail) -> list[str]:
     """Try each wall in a fork of its own; chroot only stands in for landlock."""
     layers = []
     for name, layer in LAYERS.items():
-        if name in jail.without or (name == "chroot" and "landlock" in layers) or not (LINUX or name == "limits"):
+        if name in jail.without or (name == "chroot" and "landlock" in layers) or not (LINUX or name
+                == "limits"):
             continue                # elsewhere the same call numbers mean other things
         needs = [no_new_privileges] if "no new privileges" in layers else []
         if in_fork(lambda: [wall(jail) for wall in needs + [layer]] and 0) == 0:
@@ -460,7 +513,8 @@ def available_layers(jail: Jail) -> list[str]:
 
 
 def escapes(jail: Jail) -> list[str]:
-    """Lock a fork and try to get out; the names of what worked.  This is what `Sandbox.describe` reports."""
+    """Lock a fork and try to get out; the names of what worked.  This is
+    what `Sandbox.describe` reports."""
     outside, scratch = os.path.join(jail.base, "outside"), os.path.join(jail.base, "run")
     os.mkdir(scratch)
     with open(outside, "w") as file:
@@ -470,7 +524,8 @@ def escapes(jail: Jail) -> list[str]:
         if os.fork() == 0:
             os._exit(0)
 
-    attempts = {"read files": lambda: open(outside).close(), "write files": lambda: open(outside, "a").close(),
+    attempts = {"read files": lambda: open(outside).close(),
+                "write files": lambda: open(outside, "a").close(),
                 "use the network": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close(),
                 "start processes": fork, "signal processes": lambda: os.kill(jail.zygote, 0)}
 
@@ -499,21 +554,26 @@ def launch(jail: Jail, trainer: socket.socket, alive: int) -> int:
     fds = trainer.fileno(), alive
     for fd in fds:
         os.set_inheritable(fd, True)
-    return os.posix_spawn(sys.executable, [sys.executable, "-s", "-B", __file__, "child", json.dumps(vars(jail)),
+    return os.posix_spawn(sys.executable,
+                          [sys.executable, "-s", "-B", __file__, "child", json.dumps(vars(jail)),
                                            *map(str, fds)], os.environ)
 
 
 def execute(jail: Jail, trainer: socket.socket) -> None:
-    """One program in a fresh scratch directory.  The reply says why it had to be stopped or died, if it did."""
+    """One program in a fresh scratch directory.  The reply says why it had
+    to be stopped or died, if it did."""
     scratch = os.path.join(jail.base, "run")
-    os.mkdir(scratch, 0o700)        # a left-over would raise, and the trainer would replace this worker
+    # a left-over would raise, and the trainer would replace this worker
+    os.mkdir(scratch, 0o700)
     gone, alive = os.pipe()
     pid = launch(jail, trainer, alive)
     os.close(alive)
     try:
         end = watch(jail, trainer, gone, scratch)
-        os.stat(scratch)        # is it gone?  Then so is this worker; the trainer starts another and tries again
-        if end is not None:     # reply at once: what it may still do before the signal arrives is nobody's any more
+        # is it gone?  Then so is this worker; the trainer starts another and tries again
+        os.stat(scratch)
+        # reply at once: what it may still do before the signal arrives is nobody's any more
+        if end is not None:
             kill(pid)
             reply(trainer, end)
     finally:
@@ -527,13 +587,15 @@ def execute(jail: Jail, trainer: socket.socket) -> None:
 
 
 def kill(pid: int) -> None:
-    for send in (os.killpg, os.kill):       # it may only have closed the pipe; without seccomp it may have children
+    # it may only have closed the pipe; without seccomp it may have children
+    for send in (os.killpg, os.kill):
         with suppress(ProcessLookupError, PermissionError):
             send(pid, signal.SIGKILL)
 
 
 def watch(jail: Jail, trainer: socket.socket, gone: int, scratch: str) -> str | None:
-    """Wait for the end of the child: the reason to stop it, "" if it says that it is done, None if it is gone."""
+    """Wait for the end of the child: the reason to stop it, "" if it says
+    that it is done, None if it is gone."""
     events = select.poll()
     events.register(trainer, select.POLLHUP)    # no event but the end: the trainer is gone
     events.register(gone, select.POLLIN)
@@ -571,13 +633,15 @@ def disk_is_full(scratch: str) -> bool:
 
 
 def wipe(directory: str) -> None:
-    """Remove a directory.  Quick for the flat one that a jailed program leaves; `rm` copes with any other."""
+    """Remove a directory.  Quick for the flat one that a jailed program
+    leaves; `rm` copes with any other."""
     try:
         for entry in os.scandir(directory):
             os.unlink(entry)
         os.rmdir(directory)
     except OSError:
-        subprocess.run(["rm", "-rf", "--", directory], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", "--", directory], stdin=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
 
 
 def main(role: str, jail: Jail, *fds: int) -> None:
@@ -593,7 +657,8 @@ def main(role: str, jail: Jail, *fds: int) -> None:
         if jail.fork:
             preload(jail)
             rehearse()
-            gc.freeze()                 # the collector would touch, and so copy, every page after each fork
+            # the collector would touch, and so copy, every page after each fork
+            gc.freeze()
             with suppress(KeyError):
                 seccomp_program(os.uname().machine)     # likewise made once
         jail.layers = available_layers(jail)

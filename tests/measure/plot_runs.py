@@ -1,6 +1,6 @@
 """Draws the README's picture from finished runs: held-out EM, greedy and sampled, over the steps.
 
-    python tests/plot_runs.py OUT.svg RUN [RUN ...]     # runs made with --eval-every; thin: each run, thick: their mean
+    python tests/measure/plot_runs.py OUT.svg RUN [RUN ...]     # runs made with --eval-every; thin: each run, thick: their mean
 """
 
 import json
@@ -12,14 +12,16 @@ COLOURS = {"greedy": "#d55e00", "sampled": "#0072b2"}
 
 
 def polyline(points, last_step, colour, width):
-    pixels = " ".join(f"{LEFT + (WIDTH - 2 * LEFT) * x / last_step:.1f},{TOP + (HEIGHT - 80) * (1 - y):.1f}"
+    pixels = " ".join(
+        f"{LEFT + (WIDTH - 2 * LEFT) * x / last_step:.1f},{TOP + (HEIGHT - 80) * (1 - y):.1f}"
                       for x, y in points)
     return (f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" '
             f'stroke-opacity="{1 if width > 1 else 0.45}" points="{pixels}"/>')
 
 
 def draw(runs: list[list[dict]]) -> str:
-    """SVG from the runs' `curve` (summary.json): [{"step", "greedy", "sampled"}, ...], equal steps in all."""
+    """SVG from the runs' `curve` (summary.json): [{"step", "greedy",
+    "sampled"}, ...], equal steps in all."""
     steps = [point["step"] for point in runs[0]]
     shapes = []
     for k in range(6):
@@ -30,15 +32,21 @@ def draw(runs: list[list[dict]]) -> str:
         x = LEFT + (WIDTH - 2 * LEFT) * step / steps[-1]
         shapes.append(f'<text x="{x:.1f}" y="{HEIGHT - 36}" text-anchor="middle">{step}</text>')
     for name, colour in COLOURS.items():
-        shapes += [polyline([(p["step"], p[name]) for p in run], steps[-1], colour, 1) for run in runs]
+        shapes += [polyline([(p["step"], p[name]) for p in run], steps[-1], colour, 1)
+                   for run in runs]
         mean = [(s, sum(run[i][name] for run in runs) / len(runs)) for i, s in enumerate(steps)]
         shapes.append(polyline(mean, steps[-1], colour, 3))
     label = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
-    shapes.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">training steps; exact match on 200 '
-                  f'held-out samples ({label}; thick: mean): <tspan fill="{COLOURS["greedy"]}">greedy</tspan>, '
+    shapes.append(
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">training steps; exact match '
+        f'on 200 '
+                  f'held-out samples ({label}; thick: mean): <tspan '
+                  f'fill="{COLOURS["greedy"]}">greedy</tspan>, '
                   f'<tspan fill="{COLOURS["sampled"]}">sampled at temperature 1</tspan></text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-            f'font-size="12" fill="#333"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{"".join(shapes)}</svg>\n')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+            f'font-family="sans-serif" '
+            f'font-size="12" fill="#333"><rect width="{WIDTH}" height="{HEIGHT}" '
+            f'fill="white"/>{"".join(shapes)}</svg>\n')
 
 
 if __name__ == "__main__":

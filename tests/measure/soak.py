@@ -1,9 +1,12 @@
-"""Two hundred steps, watched from outside: does memory grow, is anything left over? By hand, on Linux (/proc):
+"""Two hundred steps, watched from outside: does memory grow, is anything left over? By hand, on
+Linux (/proc):
 
-    python tests/soak.py --steps 200 -- --samples-per-step 4 --group-size 4 --eval-samples 20
+    python tests/measure/soak.py --steps 200 -- --samples-per-step 4 --group-size 4 --eval-samples
+    20
 
-What stands behind `--` goes to arft.py. Prints resident memory, open files, processes and scratch directories of the run
-by step, and at the end what is left of them. Exit code 1 if something is, or if memory grew by more than 5%.
+What stands behind `--` goes to arft.py. Prints resident memory, open files, processes and scratch
+directories of the run by step, and at the end what is left of them. Exit code 1 if something is, or
+if memory grew by more than 5%.
 """
 
 import argparse
@@ -14,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-FLAT = 0.05     # how much the mean of the last quarter of the steps may lie above that of the second quarter
+ROOT = Path(__file__).parents[2]
+# how much the mean of the last quarter of the steps may lie above that of the second quarter
+FLAT = 0.05
 
 
 def family(pid: int) -> list[int]:
@@ -29,7 +33,8 @@ def family(pid: int) -> list[int]:
 
 
 def born(pid: int) -> str:
-    """When a process started, in ticks; "" if there is none. Ids are used again, ids with this are not."""
+    """When a process started, in ticks; "" if there is none. Ids are used
+    again, ids with this are not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -46,9 +51,11 @@ def memory(pid: int) -> float:
 
 
 def look(pid: int, scratch: Path) -> tuple[float, int, int, int]:
-    """Memory of the trainer, MB; its open files; processes with it and below it; scratch directories."""
+    """Memory of the trainer, MB; its open files; processes with it and below
+    it; scratch directories."""
     files = len(os.listdir(f"/proc/{pid}/fd")) if Path(f"/proc/{pid}").exists() else 0
-    return memory(pid), files, len(family(pid)), len(list(scratch.glob("arft-*")))      # torch has a cache there, too
+    # torch has a cache there, too
+    return memory(pid), files, len(family(pid)), len(list(scratch.glob("arft-*")))
 
 
 def watch(process: subprocess.Popen, out: Path, scratch: Path, steps: int) -> list[tuple]:
@@ -56,7 +63,8 @@ def watch(process: subprocess.Popen, out: Path, scratch: Path, steps: int) -> li
     rows, seen = [], set()
     while process.poll() is None:
         seen.update((p, born(p)) for p in family(process.pid))
-        lines = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+        lines = ((out / "metrics.jsonl").read_bytes().count(b"\n")
+                 if (out / "metrics.jsonl").exists() else 0)
         if lines > (rows[-1][0] if rows else 0):
             rows.append((lines, *look(process.pid, scratch)))
             if lines == 1 or lines % max(1, steps // 10) == 0:
@@ -77,18 +85,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         scratch, out = Path(folder) / "tmp", Path(folder) / "run"
         scratch.mkdir()
-        command = [sys.executable, str(ROOT / "arft.py"), "--steps", str(given.steps), "--out", str(out), *given.options]
+        command = [sys.executable, str(ROOT / "arft.py"), "--steps", str(given.steps), "--out",
+                   str(out), *given.options]
         print(" step  memory MB  files  processes  scratch")
-        process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)},
+                                   stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         rows = watch(process, out, scratch, given.steps)
     if process.returncode or rows[-1][0] is None:
         print(f"exit code {process.returncode}")
         return 1
     quarter = len(rows) // 4
-    early, late = (sum(row[1] for row in part) / quarter for part in (rows[quarter:2 * quarter], rows[-quarter:]))
-    print(f"memory, mean of the second quarter of the steps {early:.0f} MB, of the last {late:.0f} MB: {late / early - 1:+.1%}")
-    return int(late / early - 1 > FLAT or rows[-1][2] > rows[quarter][2] or rows[-1][3] > rows[quarter][3])
+    early, late = (sum(row[1] for row in part) / quarter
+                   for part in (rows[quarter:2 * quarter], rows[-quarter:]))
+    print(
+        f"memory, mean of the second quarter of the steps {early:.0f} MB, of the last {late:.0f} "
+        f"MB: {late / early - 1:+.1%}")
+    return int(late / early - 1 > FLAT or rows[-1][2] > rows[quarter][2] or rows[-1][3]
+               > rows[quarter][3])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What the sandbox costs: typical programs in it, without it, and in a fresh interpreter, in the same minute.
+"""What the sandbox costs: typical programs in it, without it, and in a fresh interpreter, in the
+same minute.
 
-    python tests/bench_tools.py [--rounds 40]
+    python tests/measure/bench_tools.py [--rounds 40]
 
-Every column does the same work on a 640 x 480 picture: write the input file, run the program, decode the output image.
-"in-process" is `exec` in this process with nothing round it, "fresh" is `python -I -c` that imports numpy and PIL.
-The rounds go through all columns in turn, so that a busy machine is busy for all of them; `chrt -r 5` before the
+Every column does the same work on a 640 x 480 picture: write the input file, run the program,
+decode the output image. "in-process" is `exec` in this process with nothing round it, "fresh" is
+`python -I -c` that imports numpy and PIL. The rounds go through all columns in turn, so that a busy
+machine is busy for all of them; `chrt -r 5` before the
 command (root) lets them go first.  A worker prepares its next child while the other one runs: the medians do not show
 that, the executions per second do.  The medians depend on the machine; what should hold: the last column at most 6 ms,
 the rotation at least 12 times faster than the fresh one.
@@ -24,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import jail
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from extras import jail
 from tools import Sandbox, encode
 
 OPEN = f"from PIL import Image\nimage = Image.open('{jail.INPUT}')\n"
@@ -33,20 +35,24 @@ SAVE = f"\nimage.save('{jail.OUTPUT}')"
 PROGRAMS = {
     "nothing": "pass",
     "PIL rotate": OPEN + "image = image.rotate(90, expand=True)" + SAVE,
-    "PIL crop, enlarge": OPEN + "image = image.crop((100, 100, 300, 300)).resize((600, 600), Image.LANCZOS)" + SAVE,
+    "PIL crop, enlarge": OPEN
+    + "image = image.crop((100, 100, 300, 300)).resize((600, 600), Image.LANCZOS)" + SAVE,
     "numpy brighten": OPEN + "import numpy as np\na = np.asarray(image).astype(np.float32)\n"
-                             "image = Image.fromarray(np.clip(a * 1.6, 0, 255).astype(np.uint8))" + SAVE,
+                             "image = Image.fromarray(np.clip(a * 1.6, 0, 255).astype(np.uint8))"
+    + SAVE,
     "an exception": OPEN + "image.no_such_method()",
 }
 if find_spec("cv2"):
-    PROGRAMS["cv2 flip, denoise"] = (f"import cv2\nimage = cv2.imread('{jail.INPUT}')\nimage = cv2.medianBlur("
+    PROGRAMS["cv2 flip, denoise"] = (f"import cv2\nimage = cv2.imread('{jail.INPUT}')\nimage = "
+                                     f"cv2.medianBlur("
                                      f"cv2.flip(image, -1), 3)\ncv2.imwrite('{jail.OUTPUT}', image)")
 
 
 def photograph() -> Image.Image:
     """Smooth shapes and some grain, through JPEG like the pictures of MAT."""
     rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480),
+            Image.BICUBIC)
     grain = rng.normal(0, 6, (480, 640, 3))
     return Image.fromarray(np.clip(np.asarray(small) + grain, 0, 255).astype(np.uint8))
 
@@ -67,7 +73,8 @@ def in_process(code: str, image: Image.Image) -> None:
 
 def fresh(code: str, image: Image.Image) -> None:
     Path(jail.INPUT).write_bytes(encode(image))
-    subprocess.run([sys.executable, "-I", "-c", "import numpy, PIL.Image\n" + code], stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-I", "-c", "import numpy, PIL.Image\n" + code],
+                   stderr=subprocess.DEVNULL)
     read_output()
 
 
@@ -82,27 +89,36 @@ def measure(sandbox: Sandbox, code: str, image: Image.Image, rounds: int) -> tup
             start = time.perf_counter()
             run(code, image)
             seconds[way].append(time.perf_counter() - start)
-    jobs = [(f"{code}\n# {number}", image) for number in range(2 * rounds)]     # equal jobs would run once
+    # equal jobs would run once
+    jobs = [(f"{code}\n# {number}", image) for number in range(2 * rounds)]
     start = time.perf_counter()
     sandbox.map(jobs)
-    return {way: statistics.median(times) for way, times in seconds.items()}, len(jobs) / (time.perf_counter() - start)
+    return {way: statistics.median(times) for way,
+            times in seconds.items()}, len(jobs) / (time.perf_counter() - start)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     rounds = parser.parse_args().rounds
     image = photograph()
     with Sandbox(workers=2) as sandbox, tempfile.TemporaryDirectory() as directory:
         os.chdir(directory)
         print(sandbox.describe())
-        print("load average", *(f"{load:.2f}" for load in os.getloadavg()), "on", os.cpu_count(), "cores\n")
-        print("| program | sandbox ms | per second, 2 workers | in-process ms | fresh ms | fresh / sandbox "
+        print("load average", *(f"{load:.2f}" for load in os.getloadavg()), "on", os.cpu_count(),
+              "cores\n")
+        print(
+            "| program | sandbox ms | per second, 2 workers | in-process ms | fresh ms | fresh / "
+            "sandbox "
               "| own cost ms |\n|---|---|---|---|---|---|---|")
         for name, code in PROGRAMS.items():
             median, rate = measure(sandbox, code, image, rounds)
-            inside, outside, new = (1000 * median[way] for way in ("sandbox", "in-process", "fresh"))
-            print(f"| {name} | {inside:.1f} | {rate:.0f} | {outside:.1f} | {new:.0f} | {new / inside:.0f} "
+            inside, outside, new = (1000 * median[way]
+                                    for way in ("sandbox", "in-process", "fresh"))
+            print(
+                f"| {name} | {inside:.1f} | {rate:.0f} | {outside:.1f} | {new:.0f} | "
+                f"{new / inside:.0f} "
                   f"| {inside - outside:.1f} |")
         start = time.perf_counter()
         results = sandbox.map([(PROGRAMS["PIL rotate"], image)] * 8)

@@ -1,38 +1,34 @@
 """Rollout: groups of multi-turn episodes with tools, sampled by hand.
 
-What it teaches: how a model and an environment take turns while every sampled id,
-its log-probability and every image stay exactly what they were. There is no
-`generate`: the loop below is the sampler.
+What it teaches: how a model and an environment take turns while every sampled token, its
+log-probability and every image stay exactly what they were. There is no `generate`: the loop in
+`rollout` below is the sampler.
 
-    prompt --prefill once per sample--> cache --repeat G times--> rows
-    rows   --decode a turn--> ids, log-probs --parse--> Action
-    Action --tools--> observation (text, image) --appended with mask 0, prefilled--> next turn
+    prompt  --computed once per question, then repeated G times--> rows
+    rows    --decode a turn--> tokens, log-probs --parse--> Action
+    Action  --tools--> observation (text, image) --appended with mask 0--> next turn
 
-One key-value cache lives through all turns, in buffers that are written in place.
-Rows have different lengths: each row's ids fill its slots from the first on, and
-attention ends where the row ends. Only the new piece is computed; nothing is
-prefilled twice. During a turn, rows that have ended it wait outside the batch.
+An `Episode` is a list of token ids. You never turn it into text and back: text is decoded for the
+parser alone, an observation is encoded alone and appended. So what the trainer scores later is what
+was sampled here (laws 1 and 2 of the README). The last section turns episodes into tensors for it.
 
-On a GPU a step of decoding is many small kernels, and starting them one by one takes
-longer than running them; a step whose tensors stay where they are is therefore
-recorded once, as a CUDA graph, and replayed. (The step itself runs in the tests; the
-recording needs CUDA and has not been run yet.)
+The paper (Visual-ARFT, arXiv 2505.14246) describes such episodes; its released trainer samples
+single turns on stored contexts instead. extras/engine.py holds the key-value cache behind `Rows`;
+you can read on without it. Left out: tools that run while other rows still write.
 
-Read next: rewards.py, then grpo.py. Left out: continuous batching, speculative decoding; tools that run while other
-rows still write (the sandbox takes programs by the batch, and a turn's programs take a tenth of its decoding).
+Read next: rewards.py, which says what an episode is worth.
 
-Dimensions: B rows in the batch, T tokens, S slots of the cache, D hidden size, V vocabulary, G episodes of one sample.
+Dimensions: B rows, b rows still in the batch, T tokens, V vocabulary, G episodes of one question;
+for the update B episodes, L tokens of the longest, N sampled tokens.
 """
 
-import time
-from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
 from data.mat import Sample
+from extras.engine import Rows, timed
 from policy import ImageInput, Policy
 from tools import Action, Execution, Passage, SearchError, Tools, parse, search_all
 
@@ -45,20 +41,32 @@ REPLY_MALFORMED = "Not understood: {error} Write one thought and one action."
 REPLY_FOUND = "<information> {passages} </information>"
 REPLY_SEARCH_FAILED = "Search failed: {error}"
 REPLY_NO_SEARCH = "Search is not available here."
-PASSAGE_CHARACTERS = 1000       # of each passage; an encyclopedia's have some 600
+PASSAGE_CHARACTERS = 1000       # of each passage; those of an encyclopedia have some 600
+
+
+@dataclass
+class Limits:
+    """How an episode is sampled, and when it ends."""
+    temperature: float = 1.0        # of sampling and of the training log-probs; paper: 1
+    max_new_tokens: int = 256       # tokens that the model may write in one turn; paper: 256
+    max_turns: int = 5              # turns in an episode; paper: 5, in evaluation
+    max_length: int = 4096          # tokens in an episode; an observation that does not fit ends it
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass
 class Turn:
-    """What the model wrote until its end-of-turn id, and what came back."""
-    text: str                            # decoded for the parser, without the end-of-turn id
+    """What the model wrote up to its end-of-turn token, and what came back."""
+    text: str                            # decoded for the parser, without the end-of-turn token
     action: Action
-    finished: bool                       # False: cut off by max_new_tokens
-    start: int                           # its ids are episode.ids[start:stop]
+    finished: bool                       # False: max_new_tokens cut it off
+    start: int                           # its tokens are episode.ids[start:stop]
     stop: int
     observation: str | None = None       # None after the last turn
-    execution: Execution | None = None   # after a code turn
-    found: list[Passage] | SearchError | None = None    # after a search turn; None: search is switched off
+    execution: Execution | None = None   # what a program did
+    found: list[Passage] | SearchError | None = None    # what a search found; None: it did not run
 
 
 @dataclass
@@ -66,29 +74,30 @@ class Episode:
     """One attempt at a sample, as token ids. `append` is the only way it grows (law 1)."""
     sample: Sample
     ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)           # 1: sampled by the model; 0: prompt, observation
-    logp: list[float] = field(default_factory=list)         # log-prob at sampling; 0.0 where mask is 0
-    images: list[ImageInput] = field(default_factory=list)  # in the order of their place holders in ids
+    mask: list[int] = field(default_factory=list)           # 1: the model sampled it; 0: it did not
+    logp: list[float] = field(default_factory=list)         # at sampling; 0.0 where mask is 0
+    images: list[ImageInput] = field(default_factory=list)  # in the order of their placeholders
     turns: list[Turn] = field(default_factory=list)
-    view: Image.Image | None = None                         # the image that a program would get now
+    view: Image.Image | None = None                         # the image a program would get now
     ended: str = ""                                         # why: answer | cut | turns | length
 
     def append(self, ids: list[int], mask: int, logp: list[float] | None = None,
                images: list[ImageInput] = (), holders: int = 0) -> None:
-        """Adds ids with their mask, log-probs and images; all together or, on a mismatch, not at all.
+        """Adds ids with their mask, log-probs and images: all together or, on a mismatch, nothing.
 
-        One piece is all sampled (mask 1: a turn) or not at all (mask 0: prompt, observation). mask 1 needs one log-prob
-        for each id and brings no image; with mask 0 logp is None, and self.logp gets 0.0 for each id, so that
-        self.ids, self.mask and self.logp always have one length.
-        holders: how many of `ids` are image place holders; there are some exactly if there are images.
-        ValueError, with the episode as it was, where one of this is not so. The lists passed in stay as they are.
+        A piece is sampled as a whole (mask 1: a turn) or not at all (mask 0: prompt, observation).
+        With mask 1, `logp` has one log-prob for each id, and the piece brings no image. With mask 0
+        logp is None, and self.logp gets 0.0 for each id, so that self.ids, self.mask and self.logp
+        always have one length. holders: how many of `ids` are image placeholders; there are some
+        exactly if there are images. The lists that you pass in stay as they are.
+        Raises ValueError, with the episode as it was, where one of this is not so.
         """
         if mask == 1 and (logp is None or len(logp) != len(ids) or images):
             raise ValueError("sampled ids need exactly one log-prob each and bring no image")
         if mask == 0 and logp is not None:
             raise ValueError("ids that were not sampled have no log-prob")
         if (holders > 0) != bool(images):
-            raise ValueError(f"{len(images)} images for {holders} place holders")
+            raise ValueError(f"{len(images)} images for {holders} placeholders")
         self.ids += ids
         self.mask += [mask] * len(ids)
         self.logp += logp if mask == 1 else [0.0] * len(ids)
@@ -96,320 +105,95 @@ class Episode:
 
     @property
     def answer(self) -> str | None:
-        """The final answer, None if the episode ended without one."""
+        """The final answer; None if the episode ended without one."""
         last = self.turns[-1] if self.turns else None
-        return last.action.value if last and last.finished and last.action.kind == "answer" else None
+        answered = last and last.finished and last.action.kind == "answer"
+        return last.action.value if answered else None
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How an episode is sampled and when it ends."""
-    temperature: float = 1.0      # 0 is greedy
-    max_new_tokens: int = 256     # ids in one turn
-    max_turns: int = 5
-    max_length: int = 4096        # ids in the whole episode; an observation that does not fit ends it
-    cuda_graph: bool = True       # with CUDA, steps of decoding are recorded and replayed
+# --- one turn -------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds by phase, for the step's summary."""
+def sample_tokens(policy: Policy, rows: Rows, temperature: float,
+                  generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of each row in the batch and its log-prob, [b] and [b].
 
-    def __init__(self):
-        self.seconds = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str):
-        start = time.perf_counter()
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            error.phase = name      # plan.out_of_memory says what to lower there
-            raise
-        finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()        # what was started in this phase is counted in it
-            self.seconds[name] += time.perf_counter() - start
-
-
-# --- the batch that is being written --------------------------------------------------------------
-
-PREFILL_IDS = 32_768                    # ids in one forward pass of `Rows.feed`, padding included: bounds its memory
-ASK_EVERY = {"cpu": 1, "cuda": 8}       # steps between two looks at who is left: asking a GPU makes it wait
-NARROW_FROM = 8                         # rows: a smaller batch is not worth making narrower
-
-
-class Cache:
-    """Keys and values: for each layer two buffers [B, heads, S, size of a head] that are written in place.
-
-    What lies behind a row's last id is zero or out of date; the attention mask hides it. Each attention layer of the
-    model calls `update`; `aim` says beforehand where.
+    Nothing but the temperature shapes the distribution, so the recorded log-prob is that of the
+    policy itself (law 2). Temperature 0 takes the likeliest token and records its log-prob at
+    temperature 1.
     """
-
-    def __init__(self, rows: int, slots: int):
-        self.rows, self.slots = rows, slots
-        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []      # keys and values of each layer
-
-    def aim(self, rows: slice, slots: torch.Tensor, seen: int) -> None:
-        """The next forward pass is of these rows, writes these slots [b, T] and sees the first `seen` slots."""
-        self.at, self.slots_written, self.seen = rows, slots, seen
-        self.each = torch.arange(len(slots), device=slots.device)[:, None]                   # [b, 1]
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> list[torch.Tensor]:
-        """Stores a layer's new keys and values, [b, heads, T, size]. Returns all that may be seen, likewise."""
-        if layer == len(self.buffers):
-            _, heads, _, size = keys.shape
-            self.buffers.append(tuple(new.new_zeros(self.rows, heads, self.slots, size) for new in (keys, values)))
-        for buffer, new in zip(self.buffers[layer], (keys, values)):
-            buffer[self.at][self.each, :, self.slots_written] = new.transpose(1, 2)          # [b, T, heads, size]
-        return [buffer[self.at, :, :self.seen] for buffer in self.buffers[layer]]
-
-    def arrange(self, index: torch.Tensor, slots: int, used: int) -> None:
-        """Rows `index`, repeats allowed, in new buffers of `slots` slots; the first `used` are copied. By layer: the
-        old buffers of one layer are freed before the next layer's new ones are made."""
-        for layer, old in enumerate(self.buffers):
-            self.buffers[layer] = tuple(buffer.new_zeros(len(index), buffer.shape[1], slots, buffer.shape[3])
-                                        for buffer in old)
-            for new, buffer in zip(self.buffers[layer], old):
-                new[:, :, :used] = buffer[index, :, :used]
-        self.rows, self.slots = len(index), slots
+    log_probs = policy.log_probs(rows.newest, temperature or 1.0)                       # [b, V]
+    if temperature == 0:
+        ids = log_probs.argmax(dim=-1)                                                  # [b]
+    else:
+        # Of independent exponential waiting times with rates p_i, the first is i with chance p_i.
+        # They are drawn for all B rows, so that an episode does not depend on when others end.
+        waiting = log_probs.new_empty(rows.count, log_probs.shape[1])
+        waiting = waiting.exponential_(generator=generator)[rows.batch]                 # [b, V]
+        ids = (waiting / log_probs.exp()).argmin(dim=-1)                                # [b]
+    return ids, log_probs.gather(1, ids[:, None])[:, 0]
 
 
-class Rows:
-    """B rows with one key-value cache. `feed` a piece to each row, `sample` the next id of each, `step` it in.
-
-    Within a turn, rows that have ended it go to the back (`narrow`) and only the first `width` places are computed;
-    `order` says which row lies at each place.
-    """
-
-    def __init__(self, policy: Policy, limits: Limits):
-        self.policy, self.room = policy, limits.max_new_tokens
-        self.static = limits.cuda_graph and policy.device.type == "cuda"    # steps of one shape, recorded
-        self.graphs = {}            # by width: replays one step
-        self.cache = None
-        self.order, self.width = [], 0
-        self.batch = None           # [width], order[:width] on the device: the rows that lie in the batch
-        self.longest = 0            # no row has more ids in the cache
-        self.length = None          # [B], each row's ids in the cache
-        self.position = None        # [B], the next text position of each row
-        self.last = None            # [B, D], hidden state of each row's newest id
-        self.ids = None             # [B], what `step` writes
-
-    def feed(self, pieces: list[list[int]], positions: list[torch.Tensor], features: list[torch.Tensor]) -> None:
-        """Adds one piece of ids to each row and computes its keys, values and last hidden state.
-
-        pieces: B lists of ids, each at least one; positions: B tensors [3, len(piece)];
-        features: of the images in the pieces, row by row.
-        """
-        device, length = self.policy.device, max(len(piece) for piece in pieces)
-        self._make_room(len(pieces), length)
-        pad = self.policy.im_end                    # any id does: what comes next is written over it
-        ids = torch.tensor([piece + [pad] * (length - len(piece)) for piece in pieces], device=device)   # [B, T]
-        where = torch.stack([torch.nn.functional.pad(p, (0, length - p.shape[1])) for p in positions], dim=1).to(device)
-        sizes = torch.tensor([len(piece) for piece in pieces], device=device)                            # [B]
-        slots = self.length[:, None] + torch.arange(length, device=device)                               # [B, T]
-        features, at_once = iter(features), max(1, PREFILL_IDS // length)
-        for start in range(0, len(pieces), at_once):
-            rows = slice(start, start + at_once)
-            holders = sum(piece.count(self.policy.image_pad) for piece in pieces[rows])
-            hidden = self._forward(rows, ids[rows], where[:, rows], slots[rows], self.longest + length,
-                                   take(features, holders))                                              # [b, T, D]
-            newest = hidden[torch.arange(len(hidden), device=device), sizes[rows] - 1]
-            self.last = newest.new_zeros(len(pieces), newest.shape[1]) if self.last is None else self.last
-            self.last[rows] = newest
-        self.length += sizes
-        self.longest += length
-        self.position[:] = torch.tensor([int(p.max()) + 1 for p in positions], device=device)
-
-    def _make_room(self, rows: int, length: int) -> None:
-        """Slots for a piece of `length` ids and for the turn after it."""
-        if self.cache is None:
-            self.cache = Cache(rows, aligned(length + self.room))
-            self.length, self.position, self.ids = torch.zeros(3, rows, dtype=torch.long, device=self.policy.device)
-            self._all(rows)
-            return
-        self.longest = int(self.length.max())
-        slots = aligned(self.longest + length + self.room)
-        if slots > self.cache.slots or self.width < rows:
-            self._arrange([self.order.index(row) for row in range(rows)], slots)
-
-    def _forward(self, rows: slice, ids, positions, slots, seen: int, features) -> torch.Tensor:
-        """ids [b, T] of some rows into their slots [b, T]; an id sees the slots of its row up to its own. [b, T, D]"""
-        if seen == ids.shape[1]:
-            visible = None              # a first piece: causal attention, which needs no mask
-        else:
-            visible = (torch.arange(seen, device=ids.device) <= slots[..., None])[:, None]      # [b, 1, T, S]
-        self.cache.aim(rows, slots, seen)
-        return self.policy.hidden(ids, positions, visible, features, self.cache)
-
-    def step(self, ids: torch.Tensor, active: torch.Tensor) -> None:
-        """Adds one sampled text id to each active row in the batch. ids, active: [width].
-
-        The others compute, too, into the slot that their next piece will fill.
-        """
-        self.ids[:self.width] = ids
-        if self.static and self.width not in self.graphs:
-            self.graphs[self.width] = record(self._step, self.policy.device)
-        (self.graphs[self.width] if self.static else self._step)()
-        self.length[:self.width] += active
-        self.position[:self.width] += active
-        self.longest += 1
-
-    def _step(self) -> None:
-        """One step on tensors that stay where they are; asks the device for nothing, so that it can be recorded."""
-        rows = slice(0, self.width)
-        seen = self.cache.slots if self.static else self.longest + 1
-        hidden = self._forward(rows, self.ids[rows, None], self.position[None, rows, None].expand(3, -1, -1),
-                               self.length[rows, None], seen, None)                              # [width, 1, D]
-        self.last[rows] = hidden[:, 0]
-
-    def narrow(self, active: list[bool]) -> torch.Tensor:
-        """The active rows come to the front and the others leave the batch. Returns the places they came from, [width].
-
-        They change places with rows that have ended their turn: at most half of the batch is copied.
-        """
-        width, places = sum(active), list(range(len(active)))
-        leaving = [place for place in range(width) if not active[place]]
-        coming = [place for place in range(width, len(active)) if active[place]]
-        for a, b in zip(leaving, coming):
-            places[a], places[b] = places[b], places[a]
-            self.order[a], self.order[b] = self.order[b], self.order[a]
-        device = self.policy.device
-        here, there = (torch.tensor(moved, dtype=torch.long, device=device)      # long: both may be empty
-                       for moved in (leaving + coming, coming + leaving))
-        for tensor in (self.length, self.position, self.last):
-            tensor[here] = tensor[there]
-        for buffer in (buffer for layer in self.cache.buffers for buffer in layer):
-            buffer[here, :, :self.longest] = buffer[there, :, :self.longest]
-        self.width, self.batch = width, torch.tensor(self.order[:width], device=device)
-        return torch.tensor(places[:width], device=device)
-
-    def repeat(self, times: int) -> None:
-        """Each row becomes `times` consecutive rows: the prompt is prefilled once for its whole group."""
-        self._arrange([place for place in range(len(self.order)) for _ in range(times)], self.cache.slots)
-
-    def keep(self, rows: list[int]) -> None:
-        """Drops all other rows: finished episodes leave for good."""
-        self._arrange([self.order.index(row) for row in rows], self.cache.slots)
-
-    def _arrange(self, places: list[int], slots: int) -> None:
-        index = torch.tensor(places, device=self.policy.device)
-        self.cache.arrange(index, slots, self.longest)
-        self.length, self.position, self.last, self.ids = (
-            tensor[index] for tensor in (self.length, self.position, self.last, self.ids))
-        self.graphs = {}            # they know the old buffers
-        self._all(len(places))
-
-    def _all(self, rows: int) -> None:
-        """Every row is in the batch, in order."""
-        self.order, self.width, self.batch = list(range(rows)), rows, torch.arange(rows, device=self.policy.device)
-
-    def sample(self, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next id of each row in the batch and its log-prob, [width] and [width]. Temperature 0: the likeliest.
-
-        Nothing but temperature shapes the distribution, so that the recorded log-prob is that of
-        the policy itself (law 2). A greedy id is recorded with its log-prob at temperature 1.
-        """
-        log_probs = self.policy.log_probs(self.last[:self.width], temperature or 1.0)        # [width, V]
-        if temperature > 0:     # of independent exponential waiting times with rates p, the first is i with chance p_i
-            # drawn for all rows, so that an episode does not depend on when others leave the batch
-            waiting = log_probs.new_empty(len(self.order), log_probs.shape[1]).exponential_(generator=generator)
-            if self.width < len(self.order):
-                waiting = waiting[self.batch]
-            ids = (waiting / log_probs.exp()).argmin(dim=-1)                                 # [width]
-        else:
-            ids = log_probs.argmax(dim=-1)
-        return ids, log_probs.gather(1, ids[:, None])[:, 0]
-
-
-def aligned(slots: int) -> int:
-    """The next multiple of 64: attention kernels on a GPU want masks whose length divides by 8."""
-    return -(-slots // 64) * 64
-
-
-def take(features, tokens: int) -> list[torch.Tensor]:
-    """The next images' features from an iterator, as many as make `tokens` place holders."""
-    taken = []
-    while tokens > 0 and (feature := next(features, None)) is not None:     # too few: `hidden` says so
-        taken.append(feature)
-        tokens -= len(feature)
-    return taken
-
-
-def record(step, device: torch.device):
-    """A function that replays `step` as a CUDA graph; on a CPU `step` itself.
-
-    A graph repeats the kernels with the addresses they had: `step` must read and write tensors that stay, and must
-    never ask the device for a value. Run once before, on another stream as PyTorch asks for, so that
-    libraries have their workspaces; running it twice does no harm, since it writes the same slots again.
-    """
-    if device.type != "cuda":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            step()
-        torch.cuda.current_stream().wait_stream(aside)
-        with torch.cuda.graph(graph):
-            step()
-    return graph.replay
-
-
-# --- one turn ----------------------------------------------------------------------------------
-
-
-def decode_turn(rows: Rows, limits: Limits, generator) -> list[tuple[list[int], list[float]]]:
+@timed("decode")
+def decode_turn(policy: Policy, rows: Rows, limits: Limits,
+                generator: torch.Generator) -> list[tuple[list[int], list[float]]]:
     """Samples until every row has ended its turn. Returns (ids, log-probs) of each row.
 
-    The end-of-turn id is an action: it is in the list, with its log-prob. A row that wrote
-    max_new_tokens without it is cut off. The last id of a row is not yet in the cache; it goes
-    there together with the observation.
+    The end-of-turn token is an action: it is in the list, with its log-prob. A row that wrote
+    max_new_tokens without it is cut off. A row's last token is not in the cache yet; it goes there
+    together with the observation.
     """
-    device = rows.policy.device
-    ids = torch.full((len(rows.order), limits.max_new_tokens), -1, device=device)            # [B, T]
-    logps = torch.zeros(ids.shape, device=device)                                            # [B, T]
-    active = torch.ones(len(ids), dtype=torch.bool, device=device)
+    ids = torch.full((rows.count, limits.max_new_tokens), -1, device=policy.device)     # [B, T]
+    logps = torch.zeros(ids.shape, device=policy.device)                                # [B, T]
+    rows.begin_turn()
     for t in range(limits.max_new_tokens):
-        new, logp = rows.sample(limits.temperature, generator)
-        ids[rows.batch, t] = torch.where(active, new, -1)
+        new, logp = sample_tokens(policy, rows, limits.temperature, generator)
+        ids[rows.batch, t] = torch.where(rows.writing, new, -1)
         logps[rows.batch, t] = logp
-        active = active & (new != rows.policy.im_end)
-        if t + 1 == limits.max_new_tokens:
+        if t + 1 == limits.max_new_tokens or not rows.step(new):
             break
-        if t % ASK_EVERY[device.type] == 0:
-            left = int(active.sum())
-            if left == 0:
-                break
-            if left <= rows.width // 2 and rows.width > NARROW_FROM:
-                places = rows.narrow(active.tolist())
-                new, active = new[places], active[places]
-        rows.step(new, active)
-    ids, logps = ids.tolist(), logps.tolist()
-    return [([i for i in row if i >= 0], [p for i, p in zip(row, logp) if i >= 0]) for row, logp in zip(ids, logps)]
+    return [([i for i in row if i >= 0], [p for i, p in zip(row, logp) if i >= 0])
+            for row, logp in zip(ids.tolist(), logps.tolist())]
 
 
-def observe(episodes: list[Episode], tools: Tools | None) -> list[tuple[str, Image.Image | None] | None]:
-    """Runs the actions of the episodes' last turns. An observation (text, image) for each, None after an answer.
+def add_turn(policy: Policy, episode: Episode, ids: list[int], logp: list[float]) -> None:
+    """Appends a sampled turn and parses its text."""
+    start = len(episode.ids)
+    episode.append(ids, mask=1, logp=logp)
+    text = policy.decode(ids)
+    finished = ids[-1] == policy.im_end
+    episode.turns.append(Turn(text, parse(text), finished, start, len(episode.ids)))
 
-    A tool that is None is switched off: every program "returns" the unchanged image, no search finds anything (the
-    control experiment that shows whether the tool did it).
+
+# --- what the environment says --------------------------------------------------------------------
+
+
+@timed("tools")
+def observe(episodes: list[Episode], tools: Tools) -> list[tuple[str, Image.Image | None] | None]:
+    """Carries out the actions of the episodes' last turns.
+
+    Returns an observation (text, image) for each episode, None after an answer. A tool that is None
+    is switched off: programs "return" the unchanged image, searches find nothing. This is the
+    control experiment that shows whether the tool did it.
     """
-    tools, turns = tools or Tools(), [episode.turns[-1] for episode in episodes]
-    coders = [e for e in episodes if e.turns[-1].action.kind == "code"]
-    jobs = [(e.turns[-1].action.value, e.view) for e in coders]
-    runs = tools.sandbox.map(jobs) if tools.sandbox else [Execution(image, "", None, 0.0) for _, image in jobs]
-    for episode, execution in zip(coders, runs):
-        episode.turns[-1].execution = execution
-    searchers = [turn for turn in turns if turn.action.kind == "search"]
+    coders = [e.turns[-1] for e in episodes if e.turns[-1].action.kind == "code"]
+    views = [e.view for e in episodes if e.turns[-1].action.kind == "code"]
+    if tools.sandbox:
+        runs = tools.sandbox.map([(turn.action.value, view) for turn, view in zip(coders, views)])
+    else:
+        runs = [Execution(view, "", None, 0.0) for view in views]
+    for turn, execution in zip(coders, runs):
+        turn.execution = execution
+    searchers = [e.turns[-1] for e in episodes if e.turns[-1].action.kind == "search"]
     if tools.search and searchers:
-        found = search_all(tools.search, [turn.action.value for turn in searchers], tools.passages)
-        for turn, passages in zip(searchers, found):
-            turn.found = passages
-    return [_reply(turn) for turn in turns]
+        queries = [turn.action.value for turn in searchers]
+        for turn, found in zip(searchers, search_all(tools.search, queries, tools.passages)):
+            turn.found = found
+    return [reply(episode.turns[-1]) for episode in episodes]
 
 
-def _reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
+def reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
+    """The environment's answer to one turn: (text, image or None); None after an answer."""
     action, execution = turn.action, turn.execution
     if action.kind == "answer":
         return None
@@ -425,8 +209,8 @@ def _reply(turn: Turn) -> tuple[str, Image.Image | None] | None:
     return printed + REPLY_IMAGE, execution.image
 
 
-def information(found: list[Passage] | SearchError | None, bare_snippets: bool = False) -> str:
-    """What a search found, in the paper's form, here with titles; bare_snippets: those of web pages without, as there.
+def information(found: list[Passage] | SearchError | None) -> str:
+    """What a search found, in the paper's form. None: search is switched off.
 
     >>> information([Passage("Oslo", "", "The mayor is Vera."), Passage("Bern", "", "A town.")])
     '<information> 1. Content:Oslo. The mayor is Vera. 2. Content:Bern. A town. </information>'
@@ -435,16 +219,40 @@ def information(found: list[Passage] | SearchError | None, bare_snippets: bool =
         return REPLY_NO_SEARCH
     if isinstance(found, SearchError):
         return REPLY_SEARCH_FAILED.format(error=found)
-    texts = [p.text if bare_snippets and p.url else f"{p.title}. {p.text}" for p in found]
+    texts = [f"{p.title}. {p.text}" if p.title else p.text for p in found]
     told = [f"{i}. Content:{text[:PASSAGE_CHARACTERS]}" for i, text in enumerate(texts, start=1)]
     return REPLY_FOUND.format(passages=" ".join(told) or "Nothing was found.")
 
 
-# --- whole episodes -----------------------------------------------------------------------------
+@timed("vision")
+def add_observations(policy: Policy, episodes: list[Episode], observations: list,
+                     limits: Limits) -> None:
+    """Appends each observation to its episode, or ends the episode and says why in `ended`."""
+    inputs: dict[int, ImageInput] = {}      # equal programs share one image: process it once
+    for episode, observation in zip(episodes, observations):
+        turn = episode.turns[-1]
+        if observation is None or not turn.finished or len(episode.turns) == limits.max_turns:
+            episode.ended = "cut" if not turn.finished else "turns" if observation else "answer"
+            continue
+        text, view = observation
+        if view is not None and id(view) not in inputs:
+            inputs[id(view)] = policy.image_input(view)
+        images = [] if view is None else [inputs[id(view)]]
+        ids = policy.observation_ids(text, images)
+        if len(episode.ids) + len(ids) >= limits.max_length:
+            episode.ended = "length"        # nothing is truncated, through an image least of all
+            continue
+        turn.observation, episode.view = text, view or episode.view
+        episode.append(ids, mask=0, images=images,
+                       holders=sum(map(policy.image_tokens, images)))
 
 
+# --- whole episodes -------------------------------------------------------------------------------
+
+
+@timed("vision")
 def begin(policy: Policy, samples: list[Sample]) -> list[Episode]:
-    """One episode per sample that holds the prompt alone."""
+    """One episode for each sample that holds the prompt alone."""
     episodes = []
     for sample in samples:
         view = sample.open_image() if sample.image_path else None
@@ -463,70 +271,97 @@ def fork(episode: Episode) -> Episode:
 
 
 @torch.inference_mode()
-def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1, limits: Limits = Limits(),
-            tools: Tools | None, generator: torch.Generator, clock: Clock | None = None) -> list[Episode]:
-    """Samples `group_size` consecutive episodes for each sample, all turns, tools in the loop."""
-    clock = clock or Clock()
-    with clock.phase("vision"):
-        prompts = begin(policy, samples)
-        features = policy.features([image for episode in prompts for image in episode.images])
-    rows = Rows(policy, limits)
-    with clock.phase("prefill"):
-        rows.feed([e.ids for e in prompts], [policy.positions(e.ids, e.images) for e in prompts], features)
-        rows.repeat(group_size)
-    episodes = [fork(prompt) for prompt in prompts for _ in range(group_size)]
-    live = list(episodes)
+def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1,
+            limits: Limits = DEFAULT_LIMITS, tools: Tools,
+            generator: torch.Generator) -> list[Episode]:
+    """Samples `group_size` neighbouring episodes for each sample: all turns, tools in the loop."""
+    prompts, rows = begin(policy, samples), Rows(policy, limits.max_new_tokens)
+    rows.feed(prompts)              # computes each prompt once ...
+    rows.repeat(group_size)         # ... for its whole group
+    episodes = live = [fork(prompt) for prompt in prompts for _ in range(group_size)]
     while live:
-        with clock.phase("decode"):
-            written = decode_turn(rows, limits, generator)
-        for episode, (ids, logp) in zip(live, written):
+        for episode, (ids, logp) in zip(live, decode_turn(policy, rows, limits, generator)):
             add_turn(policy, episode, ids, logp)
-        with clock.phase("tools"):
-            observations = observe(live, tools)
-        with clock.phase("vision"):
-            pieces = add_observations(policy, live, observations, limits)
-            kept = [i for i, piece in enumerate(pieces) if piece is not None]
-            features = policy.features([image for i in kept for image in pieces[i][1]])
-        if not kept:
-            break
-        with clock.phase("prefill"):
-            rows.keep(kept)
-            live = [live[i] for i in kept]
-            where = [policy.positions(e.ids, e.images)[:, -len(pieces[i][0]):] for i, e in zip(kept, live)]
-            rows.feed([pieces[i][0] for i in kept], where, features)
+        add_observations(policy, live, observe(live, tools), limits)
+        going = [row for row, episode in enumerate(live) if not episode.ended]
+        live = [live[row] for row in going]
+        if live:
+            rows.keep(going)
+            rows.feed(live)         # each row's last sampled token and the observation
     return episodes
 
 
-def add_turn(policy: Policy, episode: Episode, ids: list[int], logp: list[float]) -> None:
-    """Appends a sampled turn and parses its text."""
-    start = len(episode.ids)
-    episode.append(ids, mask=1, logp=logp)
-    text = policy.decode(ids)
-    episode.turns.append(Turn(text, parse(text), ids[-1] == policy.im_end, start, len(episode.ids)))
+# --- episodes as tensors --------------------------------------------------------------------------
 
 
-def add_observations(policy: Policy, episodes: list[Episode], observations, limits: Limits) -> list:
-    """Appends each observation, or ends the episode. Returns what each row feeds next:
-    (its last sampled id and the observation's ids, the observation's images), None where it ended.
+@dataclass
+class Batch:
+    """B episodes as the model takes them, and where their sampled tokens are."""
+    ids: torch.Tensor            # [B, T]
+    positions: torch.Tensor      # [3, B, T]
+    attention: torch.Tensor      # [B, T], 1 where there is a token
+    mask: torch.Tensor           # [B, L], 1 where the policy sampled the token
+    logp_old: torch.Tensor       # [B, L], at sampling; 0 elsewhere
+    targets: torch.Tensor        # [N], the sampled tokens, episode by episode
+    states: torch.Tensor         # [N], row * T + column of the hidden state that predicts each
+    images: list[ImageInput]     # row by row, in reading order
+
+
+def collate(policy: Policy, episodes: list[Episode]) -> Batch:
+    """One row for each episode, padded to one length. Padding has attention 0."""
+    ids = padded([torch.tensor(e.ids) for e in episodes])                           # [B, T]
+    mask = padded([torch.tensor(e.mask, dtype=torch.float32) for e in episodes])
+    logp_old = padded([torch.tensor(e.logp, dtype=torch.float32) for e in episodes])
+    attention = padded([torch.ones(len(e.ids), dtype=torch.long) for e in episodes])
+    positions = padded([policy.positions(e.ids, e.images).T for e in episodes])     # [B, T, 3]
+    rows, columns = mask.nonzero(as_tuple=True)                                     # [N], [N]
+    states = rows * ids.shape[1] + columns - 1      # a token is predicted by the one before it
+    tensors = (ids, positions.permute(2, 0, 1), attention, mask, logp_old, ids[rows, columns],
+               states)
+    images = [image for e in episodes for image in e.images]
+    return Batch(*(tensor.to(policy.device) for tensor in tensors), images)
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors of different lengths as one, with zeros behind them: [length, ...] -> [B, T, ...]."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+@dataclass
+class RowLayout:
+    """How an update cuts episodes into tensors: each episode is a row of its own.
+
+    extras/tree.py has another layout, in which a group shares its prompt: the same gradient.
     """
-    inputs: dict[int, ImageInput] = {}      # equal programs share one image object: encode it once
-    pieces = []
-    for episode, observation in zip(episodes, observations):
-        turn = episode.turns[-1]
-        if observation is None or not turn.finished or len(episode.turns) == limits.max_turns:
-            episode.ended = "cut" if not turn.finished else "turns" if observation else "answer"
-            pieces.append(None)
-            continue
-        text, view = observation
-        if view is not None and id(view) not in inputs:
-            inputs[id(view)] = policy.image_input(view)
-        images = [] if view is None else [inputs[id(view)]]
-        ids = policy.observation_ids(text, images)
-        if len(episode.ids) + len(ids) >= limits.max_length:      # never truncated: through an image least of all
-            episode.ended = "length"
-            pieces.append(None)
-            continue
-        turn.observation, episode.view = text, view or episode.view
-        pieces.append(([episode.ids[-1], *ids], images))
-        episode.append(ids, mask=0, images=images, holders=sum(map(policy.image_tokens, images)))
-    return pieces
+    tokens: int = 2048              # in one forward pass, with padding; one episode may have more
+    checkpointing: bool = False     # backward computes each layer again instead of keeping it
+
+    def minibatches(self, policy: Policy, episodes: list[Episode], count: int,
+                    generator: torch.Generator) -> list[list[int]]:
+        """Indices of the episodes of each optimiser step of a pass; several in a random order."""
+        order = torch.arange(len(episodes))
+        if count > 1:
+            order = torch.randperm(len(episodes), generator=generator, device=generator.device)
+        return [part.tolist() for part in order.chunk(count) if len(part)]
+
+    def micro_batches(self, policy: Policy, episodes: list[Episode]) -> list[list[int]]:
+        """Indices of the episodes of each forward pass; like lengths go together."""
+        return cut([len(episode.ids) for episode in episodes], self.tokens)
+
+    def pack(self, policy: Policy, episodes: list[Episode]) -> Batch:
+        """The tensors of one forward pass."""
+        return collate(policy, episodes)
+
+
+def cut(lengths: list[int], limit: int) -> list[list[int]]:
+    """Parts of at most `limit` tokens, padding to the longest row included; short rows first.
+
+    >>> cut([50, 30, 40, 90], 100)
+    [[1, 2], [0], [3]]
+    """
+    parts = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not parts or lengths[row] * (len(parts[-1]) + 1) > limit:    # the newest is the longest
+            parts.append([])
+        parts[-1].append(row)
+    return parts

@@ -1,13 +1,13 @@
-"""The run folder: what a run writes down, and how.
+"""The run folder: what a run writes down, when, and how it ends.
 
-What it teaches: what should be left when a run is over, so that a person can see what happened
-without having watched: every option, one line of numbers per step, every episode as it was
-written and answered, predictions in the published schema, scores with intervals, a checkpoint. And
-what should be said while it runs: `warnings_of` is told the numbers of all steps and names what
-goes wrong.
+`Run` is what arft.train is handed. It decides nothing that is learned: it yields the steps that are
+still to be made, keeps what came of them, saves checkpoints, and ends the run cleanly whatever
+stops it. When a run is over you can see what happened without having watched: every option, one
+line of numbers a step, every episode as it was written and answered, predictions in the published
+schema, scores with intervals, a checkpoint, a page.
 
-Read next: arft.py, which decides when each of these is written; resume.py, which keeps it readable
-after a kill. Left out: accounts, servers.
+extras/metrics.py says what the numbers mean, extras/resume.py how a file is written so that a kill
+cannot tear it. Left out: accounts, servers.
 """
 
 import csv
@@ -16,313 +16,283 @@ import hashlib
 import json
 import platform
 import subprocess
-import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
-from extras import report
-from extras import resume
-from policy import Policy
-from rollout import Clock, Episode
+from extras import metrics, resume, weights
+from extras.engine import CLOCK
+from extras.resume import RunError
+from grpo import frozen_logp
+from rewards import SCORERS, score_answer, summarize
+from rollout import Episode
 from tools import SearchError
 
 HERE = Path(__file__).parent
-# pixels: an input image is kept in the run folder for show, at most this large
-INPUT_SIDE = 512
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-def rounded(value, digits: int = 6):
-    """Numbers as a person would log them; dictionaries and lists inside, too."""
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(v, digits) for v in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+INPUT_SIDE = 512            # pixels: the run folder keeps an input image at most this large
+CHECKPOINT_SHARE = 0.05     # of the time goes into checkpoints, where --save-every 0 lets it
+REPORT_SHARE = 0.05         # of the time goes into the page of a run that is still going
+SHOWN = ("before", "after")     # the evaluations whose episodes and predictions are kept
 
 
-def step_metrics(step: int, done: dict, group_size: int) -> dict:
-    """One line of metrics.jsonl."""
-    episodes, rewards, totals = done["episodes"], done["rewards"], done["totals"]
-    groups, turns = totals.view(-1, group_size), [t for e in episodes for t in e.turns]
-    runs = [t.execution for t in turns if t.execution is not None]
-    found = [t.found for t in turns if t.found is not None]
-    sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
-
-    def average(name: str) -> float:    # a single step has an answer, or a problem, or neither
-        known = [value for r in rewards if (value := getattr(r, name)) is not None]
-        return float(np.mean(known)) if known else 0.0
-
-    return rounded({
-        "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
-        "answer": average("answer"), "format": average("format"), "problem": average("problem"),
-        "em": average("em"),
-        **({"query": average("query")} if any(r.query is not None for r in rewards) else {}),
-        **({"accuracy": average("accuracy")} if rewards[0].accuracy is not None else {}),
-        "groups": len(groups), "group_std": groups.std(dim=1).mean().item(),
-        "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
-        **done["stats"],
-        "tool_calls": len(runs) + len(found), "searches": len(found),
-        "tool_failures": sum(r.image is None for r in runs)
-        + sum(isinstance(f, SearchError) for f in found),
-        "turns": len(turns) / len(episodes), "tokens": sampled / len(episodes),
-        "tokens_per_second": sampled / max(sum(v for k, v in seconds.items() if k != "update"),
-                                           1e-9),
-        "seconds": done["seconds"], "seconds_by_phase": dict(seconds)})
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one row of a table; lists as JSON.
-
-    >>> flat({"step": 1, "seconds_by_phase": {"decode": 0.5}, "warnings": []})
-    {'step': 1, 'seconds_by_phase.decode': 0.5, 'warnings': '[]'}
-    """
-    row = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            row |= flat(value, f"{prefix}{name}.")
-        else:
-            row[prefix + name] = json.dumps(value) if isinstance(value, list) else value
-    return row
-
-
-def zero_loss_note(config, stats: dict) -> str | None:
-    """Why the first step's loss is about zero and its gradient is not; None where this is not so.
-
-    It is so where every episode weighs the same and enters by its ratio: loss types grpo and gspo.
-    dapo and dr_grpo weigh an episode by its length, cispo multiplies the advantage with logp, not
-    with the ratio. And where no group has unequal rewards, there is no gradient either. stats: the
-    step's line of metrics.
-    """
-    if config.loss_type not in ("grpo",
-                                "gspo") or not stats["updates"] or stats["zero_variance"] == 1:
-        return None
-    updates = config.inner_epochs * config.minibatches
-    printed = (f" (printed: the mean of the step's {updates} updates, in which the ratio moves)"
-               if updates > 1 else "")
-    return textwrap.fill(
-        f"loss {stats['loss']:.4f}, gradient norm {stats['grad_norm']:.2f}: before the first "
-        f"update every ratio is 1 and a "
-        f"group's advantages sum to zero, so the loss of the step's episodes is about "
-        f"zero{printed}, but its gradient is "
-        "that of A * logp: watch the reward, not the loss.", 100, initial_indent=" " * 8,
-        subsequent_indent=" " * 8)
-
-
-# --- tokens, for show -----------------------------------------------------------------------------
-
-
-def byte_table() -> dict[str, int]:
-    """The character that stands for each byte in the vocabulary of a byte-level tokenizer (GPT-2's,
-    Qwen's): printable bytes stand for themselves, the others for the characters from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTES = byte_table()
-
-
-def token_text(tokenizer, token_id: int) -> str:
-    """One id as text, for show only. Bytes that are no UTF-8 by themselves (a
-    part of a character) become \\x escapes."""
-    if token_id in tokenizer.added_tokens_decoder:
-        return tokenizer.added_tokens_decoder[token_id].content
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    return bytes(BYTES[c] for c in token).decode("utf-8", errors="backslashreplace")
-
-
-def token_record(policy: Policy, episode: Episode, logp: torch.Tensor) -> dict:
-    """An episode token by token: equally long lists, and strings of one letter a token.
-
-    tokens: text; count: 1, or how many equal image place holders were folded into one entry; roles:
-    p prompt, m model, t tool (everything that the environment wrote after the prompt); mask;
-    logp_old: at sampling; logp [T]: after the update. 0 where the mask is 0.
-    """
-    record = {"tokens": [], "count": [], "roles": "", "mask": "", "logp_old": [], "logp": []}
-    first = episode.turns[0].start if episode.turns else len(episode.ids)
-    for t, token_id in enumerate(episode.ids):
-        if token_id == policy.image_pad == episode.ids[t - 1]:
-            record["count"][-1] += 1
-            continue
-        sampled = episode.mask[t]
-        record["tokens"].append(token_text(policy.tokenizer, token_id))
-        record["count"].append(1)
-        record["roles"] += "m" if sampled else "p" if t < first else "t"
-        record["mask"] += str(sampled)
-        record["logp_old"].append(round(episode.logp[t], 5) if sampled else 0)
-        record["logp"].append(round(logp[t].item(), 5) if sampled else 0)
-    return record
-# --- what goes wrong ------------------------------------------------------------------------------
-
-WINDOW = 3                  # steps: one odd step is noise; three in a row are not
-# nats for each id: five times what the README's good runs reach, half of its bad run's
-KL_HIGH = 0.5
-# share of the first steps' entropy. Good runs halve it; below a tenth nothing new is tried
-ENTROPY_LEFT = 0.1
-TOOLS_LEFT = 0.05           # share of the most calls that there were
-LOGP_ERROR_FLOAT32 = 1e-2   # a hundred times what law 2 allows
-# a logit of 16 to 32 is rounded by up to 0.06; both passes do so, in many layers
-LOGP_ERROR_BFLOAT16 = 0.5
-
-
-def warnings_of(metrics: list[dict], logp_limit: float = LOGP_ERROR_FLOAT32) -> list[dict]:
-    """What goes wrong in the last of these steps (lines of metrics.jsonl): [{"name", "message",
-    "option"}].
-
-    A reward that is not a finite number is not among them: it stops the run with the sample's name
-    (arft.score).
-
-    >>> flat = {"zero_variance": 1.0, "kl": None, "entropy": None, "tool_calls": 5}
-    >>> [[w["name"] for w in warnings_of([flat] * n)] for n in (1, 2, 3)]
-    [[], [], ['flat']]
-    """
-    now, found = metrics[-1], []
-
-    def warn(name: str, option: str, message: str) -> None:
-        found.append({"name": name, "message": message, "option": option})
-
-    def series(key: str) -> list[float]:
-        # None: a step without an update
-        return [m[key] for m in metrics if m.get(key) is not None]
-
-    if now.get("skipped_updates"):
-        warn("grad", "--lr",
-             f"{now['skipped_updates']} updates were left out: loss or gradient is not a finite "
-             f"number. "
-             "Lower --lr")
-    if len(metrics) >= WINDOW and all(m["zero_variance"] == 1 for m in metrics[-WINDOW:]):
-        warn("flat", "--samples-per-step",
-             f"all groups are of equal rewards, for {WINDOW} steps: nothing is learned. "
-             "Raise --samples-per-step, --group-size or --temperature")
-    kl = series("kl")
-    if now.get("kl") is not None and len(kl) >= WINDOW and min(kl[-WINDOW:]) > KL_HIGH:
-        warn("KL", "--beta",
-             f"the policy runs away from where it began (KL over {KL_HIGH} for {WINDOW} steps). "
-             f"Lower "
-             "--lr or raise --beta")
-    entropy = series("entropy")
-    fallen = len(entropy) > WINDOW and mean(entropy[-WINDOW:]) < ENTROPY_LEFT * mean(
-        entropy[:WINDOW])
-    if fallen and now["entropy"] is not None:
-        warn("entropy", "--clip-high",
-             f"under {ENTROPY_LEFT:.0%} of the first steps' entropy: all episodes become "
-             "alike. Raise --clip-high or --beta, or lower --lr")
-    calls = series("tool_calls")
-    most = max((mean(calls[i:i + WINDOW]) for i in range(len(calls) - WINDOW)), default=0)
-    if mean(calls[-WINDOW:]) < TOOLS_LEFT * most:
-        warn("tools", "--beta",
-             f"under {TOOLS_LEFT:.0%} of the tool calls that there were: the tool is no longer "
-             f"used. "
-             "Raise --beta, lower --lr")
-    if (now.get("logp_error") or 0) > logp_limit:
-        warn("logp", "--device", "what is scored is not what was sampled (log-probs differ by "
-             f"{now['logp_error']:.2g}). If --device cpu does it, too, it is a bug, not a setting: "
-             f"run the tests")
-    return found
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-# of the time may go into checkpoints, where --save-every does not say how often
-CHECKPOINT_SHARE = 0.05
-REPORT_SHARE = 0.05         # and into the page of a run that is going on
-
-# --- the run --------------------------------------------------------------------------------------
+def leaf(name: str):
+    """A module of extras/ that may have been deleted; None if it is not there."""
+    with suppress(ModuleNotFoundError):
+        return import_module(f"extras.{name}")
 
 
 class Run:
-    """The folder of one run, and what is written there."""
+    """The folder of one run, and the order in which its parts happen. One process."""
 
-    def __init__(self, config, fingerprint: dict | None = None, state: dict | None = None):
-        """A new folder; or, with --resume, the one that is there, taken back to the checkpoint's
-        `state` (None: to its beginning). fingerprint: `resume.fingerprint` of what the run starts
-        from."""
-        self.folder, self.clock, self.started = Path(config.out), Clock(), time.perf_counter()
+    alone = True                # False in many.Run: other processes share the work
+
+    def __init__(self, config, policy=None, fingerprint: dict | None = None,
+                 state: dict | None = None):
+        """Makes the folder; with --resume, takes it back to the checkpoint `state`.
+
+        fingerprint: `resume.fingerprint` of what the run starts from. state None: the run begins.
+        """
+        self.config, self.policy, self.state = config, policy, state
+        self.folder, self.started = Path(config.out), time.perf_counter()
         self.metrics, self.curve, self.summary, self.best = [], [], {}, None
-        self.inputs = {}        # image path of a sample: its copy in images/
-        self.interrupted, self.group_size = False, config.group_size
-        self.searches = None        # of a Replay: how many were in the record
-        self.logp_limit = LOGP_ERROR_BFLOAT16 if config.dtype == "bfloat16" else LOGP_ERROR_FLOAT32
-        self.saved, self.saved_at, self.saving = (state["step"] if state
-                                                  else 0, time.perf_counter(), 0.0)
-        # when report.html was made, and how long it took
-        self.watched_at, self.watching = time.perf_counter(), 0.0
-        self.torn = False       # whether the weights in memory are of no step: an update was cut
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "transformers": transformers.__version__, "numpy": np.__version__}
-        commit = subprocess.run(["git", "rev-parse",
-                                 "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+        self.seconds = defaultdict(float)       # by phase, of the whole run
+        self.inputs = {}                        # image path of a sample: its copy in images/
+        self.interrupted, self.torn = False, False      # torn: an update was cut, weights are of
+        self.learned = state["step"] if state else 0    # no step; learned: steps in the weights
+        self.saved, self.saved_at, self.saving = self.learned, time.perf_counter(), 0.0
+        self.shown_at, self.showing = time.perf_counter(), 0.0      # report.html: when, how long
+        self.optimizer = self.randomness = self.midway = None
+        self.layout = self.reward = self.generator = self.search = None     # options.choose_parts
+        self.signals, self.held = resume.Signals(), ExitStack()
+        self.logp_limit = (metrics.LOGP_ERROR_BFLOAT16 if config.dtype == "bfloat16"
+                           else metrics.LOGP_ERROR_FLOAT32)
         (self.folder / "images").mkdir(parents=True, exist_ok=bool(config.resume))
         if config.resume:
             self.restore(state)
-        start = {"versions": versions, "commit": commit or None, "fingerprint": fingerprint}
-        if config.resume:
+        self.write_config(fingerprint)
+
+    def write_config(self, fingerprint: dict | None) -> None:
+        """config.json: every option, the versions, the commit, what the run started from."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "transformers": transformers.__version__, "numpy": np.__version__}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
+                                text=True).stdout.strip() or None
+        start = {"versions": versions, "commit": commit, "fingerprint": fingerprint}
+        if self.config.resume:
             kept = json.loads((self.folder / "config.json").read_text())
-            again = {"step": self.steps, "versions": versions, "commit": commit or None}
-            start = {name: kept.get(name)
-                     for name in start} | {"resumed": [*kept.get("resumed", ()), again]}
-        self.write_json("config.json", dataclasses.asdict(config) | start)
+            again = {"step": self.done, "versions": versions, "commit": commit}
+            start = {name: kept.get(name) for name in start}
+            start |= {"resumed": [*kept.get("resumed", ()), again]}
+        self.write_json("config.json", dataclasses.asdict(self.config) | start)
 
     @property
-    def steps(self) -> int:
+    def done(self) -> int:
+        """Steps that are recorded in full."""
         return len(self.metrics)
 
-    def state(self) -> dict:
-        """What a checkpoint keeps of the run: counters, and how long the files
-        are that only grow."""
-        return {"seconds": time.perf_counter() - self.started,
-                "seconds_by_phase": dict(self.clock.seconds),
-                "summary": self.summary, "curve": self.curve, "best": self.best,
+    # --- several processes (many.Run); one process has everything ---------------------------------
+
+    def share(self, items):
+        """This process's part of what all processes have alike."""
+        return items
+
+    def gather(self, items: list) -> list:
+        """The parts of all processes behind one another."""
+        return items
+
+    # --- a checkpoint -----------------------------------------------------------------------------
+
+    def counters(self) -> dict:
+        """What a checkpoint keeps of the run: counters, and the lengths of the files that grow."""
+        return {"seconds": time.perf_counter() - self.started, "summary": self.summary,
+                "seconds_by_phase": dict(self.seconds), "curve": self.curve, "best": self.best,
                 "lengths": resume.lengths(self.folder)}
 
     def restore(self, state: dict | None) -> None:
-        """Takes the folder and the counters back to a checkpoint."""
+        """Takes the folder and the counters back to a checkpoint; None: to the run's beginning."""
         resume.settle(self.folder)
         kept = state["run"] if state else {}
-        resume.cut_back(self.folder, state["step"] if state else 0, kept.get("lengths", {}))
+        resume.cut_to_checkpoint(self.folder, self.learned, kept.get("lengths", {}))
         if state:
             self.metrics = resume.read_lines(self.folder / "metrics.jsonl")
             self.summary, self.curve, self.best = kept["summary"], kept["curve"], kept["best"]
-            self.clock.seconds.update(kept["seconds_by_phase"])
+            self.seconds.update(kept["seconds_by_phase"])
             self.started -= kept["seconds"]
 
+    def checkpoint_due(self) -> bool:
+        """After every --save-every steps; with 0 as often as CHECKPOINT_SHARE of the time lets."""
+        if self.config.save_every:
+            return self.done % self.config.save_every == 0
+        return CHECKPOINT_SHARE * (time.perf_counter() - self.saved_at) >= self.saving
+
+    def save_checkpoint(self) -> None:
+        """Writes checkpoint/step-N.pt: all that the next step depends on."""
+        start = time.perf_counter()
+        CLOCK.start("checkpoint")
+        state = self.weights() | {"step": self.learned, "random": self.randomness}
+        resume.save(self.folder, state | {"run": self.counters()})
+        CLOCK.stop("checkpoint")
+        self.book()
+        self.saved, self.saved_at = self.learned, time.perf_counter()
+        self.saving = self.saved_at - start
+
+    def weights(self) -> dict:
+        """Trained weights and optimiser state, for a checkpoint."""
+        return resume.learned(self.policy, self.optimizer)
+
+    def book(self) -> dict[str, float]:
+        """Adds the seconds since the last call to the run's, and returns them by phase."""
+        taken = CLOCK.take()
+        for phase, seconds in taken.items():
+            self.seconds[phase] += seconds
+        return taken
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def steps(self, batches, optimizer) -> Iterator[tuple[int, list]]:
+        """Yields (step, samples) of each step that is still to be made; step counts from 0."""
+        self.optimizer, first = optimizer, self.done
+        if self.state:
+            resume.restore(self)
+        self.randomness = resume.random_states(self.generator)
+        if not self.state:
+            self.save_checkpoint()
+        with tqdm(initial=first, total=self.config.steps, desc="training", unit="step") as bar:
+            for step, samples in enumerate(batches):
+                if step < first:
+                    continue                    # a resumed run: the data starts where it stopped
+                self.evaluate_midway(step)
+                if step >= self.config.steps:
+                    break
+                self.book()
+                self.step_started = time.perf_counter()
+                yield step, self.share(samples)
+                bar.update()
+
+    def evaluate_midway(self, step: int) -> None:
+        """With --eval-every, where it is due."""
+        if step and self.config.eval_every and step % self.config.eval_every == 0:
+            self.midway(str(step))
+
+    @contextmanager
+    def step(self):
+        """Around an update and its record: signals wait for the end; then a checkpoint if due."""
+        with self.signals.hold():
+            self.torn = True
+            CLOCK.start("update")
+            try:
+                yield
+            finally:
+                CLOCK.stop("update")
+            if self.checkpoint_due():
+                self.save_checkpoint()
+        self.say_step()
+
+    def record(self, episodes: list[Episode], rewards: list, advantages: torch.Tensor,
+               stats: dict) -> None:
+        """Writes down a step: its metrics, every episode, the first group token by token."""
+        CLOCK.stop("update")
+        lr = self.optimizer.adamw.param_groups[0]["lr"]
+        own = episodes[:self.config.group_size]
+        logps = frozen_logp(self.policy, own, self.config.temperature, self.layout)
+        tokens = [metrics.token_record(self.policy, episode, logp)
+                  for episode, logp in zip(own, logps)]
+        self.randomness = resume.random_states(self.generator)
+        self.learned, self.torn = self.learned + 1, False
+        episodes, rewards = self.gather(forget_features(episodes, self.alone)), self.gather(rewards)
+        advantages = metrics.rounded(self.gather(advantages.tolist()))
+        seconds = time.perf_counter() - self.step_started
+        step = metrics.step_metrics(self.done + 1, episodes, rewards, stats | {"lr": lr}, seconds,
+                                    self.book(), self.config.group_size)
+        found = metrics.warnings_of([*self.metrics, step], self.logp_limit)
+        step |= {"warnings": found} if found else {}
+        self.append("metrics.jsonl", step)
+        self.append_row("metrics.csv",
+                        metrics.flattened(step | {"warnings": [w["name"] for w in found]}))
+        self.append("episodes.jsonl", *(
+            self.episode_record(f"step-{step['step']}", i, *earned, i < self.config.group_size)
+            for i, earned in enumerate(zip(episodes, rewards, advantages))))
+        self.append("tokens.jsonl", *(
+            {"when": f"step-{step['step']}", "index": i, "sample": episodes[i].sample.id,
+             "advantage": advantages[i], **record} for i, record in enumerate(tokens)))
+        self.metrics.append(step)       # last: `done` counts the steps that are recorded in full
+
+    def say_step(self) -> None:
+        """What you are told after a step; and the page of the run, if it is due."""
+        now, before = self.metrics[-1], self.metrics[-2:-1]
+        tqdm.write(metrics.step_line(now))
+        known = {w["name"] for m in before for w in m.get("warnings", ())}
+        for warning in now.get("warnings", ()):
+            if warning["name"] not in known:
+                tqdm.write(f"! {warning['name']}: {warning['message']}")
+        if self.done == 1 and (why := metrics.zero_loss_note(self.config, now)):
+            tqdm.write(why)
+        if self.done == 1 and self.policy.device.type == "cuda" and (plan := leaf("plan")):
+            tqdm.write(plan.compare_peak(self.config, torch.cuda.max_memory_allocated()))
+        self.refresh_report()
+
+    # --- evaluation -------------------------------------------------------------------------------
+
+    def evaluations(self, name: str, samples: list) -> Iterator["Evaluation"]:
+        """Yields the passes over the samples that are still to be made; then records the scores."""
+        if name in self.summary:
+            return
+        modes = ("greedy", "sampled") if self.config.eval_sampled == "on" else ("greedy",)
+        passes = [Evaluation(self, name, mode, samples) for mode in modes]
+        yield from passes
+        summary = passes[0].scores()
+        if len(passes) > 1:
+            summary["sampled"] = passes[1].scores()
+        with self.signals.hold():
+            self.record_evaluation(name, summary, passes[0].rows if name in SHOWN else [])
+
+    def record_evaluation(self, name: str, summary: dict, rows: list[dict]) -> None:
+        """Keeps the scores and, of rows (`episode_record`s), every prediction; and best/."""
+        self.book()
+        self.summary[name] = metrics.rounded(summary)
+        self.curve = [point for point in self.curve if point["step"] < self.done]
+        self.curve.append({"step": self.done, "greedy": summary["em"],
+                           "sampled": summary.get("sampled", {}).get("em")})
+        self.append("evaluations.jsonl", {"step": self.done, "when": name, **self.summary[name]})
+        if rows:
+            self.write_json(f"predictions-{name}.json", [prediction(row) for row in rows])
+            self.append("episodes.jsonl", *rows)
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+        if self.config.eval_every and name != "before":
+            self.keep_best()
+
+    def keep_best(self) -> None:
+        """best/: the model of the run's highest greedy exact match; of equals, the first."""
+        point = self.curve[-1]
+        if self.best is None or point["greedy"] > self.best["em"]:
+            self.best = {"step": point["step"], "em": point["greedy"]}
+
+            def write(folder):
+                weights.save(self.policy, folder)
+                resume.write_text(folder / "best.json", json.dumps(self.best))
+            resume.write_folder(self.folder / "best", write)
+
+    # --- files ------------------------------------------------------------------------------------
+
     def write_json(self, name: str, value) -> None:
+        """A file of the run folder, replaced as a whole."""
         resume.write_text(self.folder / name, json.dumps(value, indent=1, ensure_ascii=False))
 
     def append(self, name: str, *objects: dict) -> None:
+        """One line of JSON for each object."""
         resume.append_lines(self.folder / name, objects)
 
-    def record_step(self, step: int, done: dict) -> None:
-        metrics = step_metrics(step, done, self.group_size)
-        found = warnings_of([*self.metrics, metrics], self.logp_limit)
-        metrics |= {"warnings": found} if found else {}
-        self.append("metrics.jsonl", metrics)
-        self.append_row("metrics.csv", flat(metrics | {"warnings": [w["name"] for w in found]}))
-        records = [self.episode_record(f"step-{step}", i, episode, reward, float(advantage),
-                                       i < self.group_size)
-                   for i, (episode, reward, advantage)
-                   in enumerate(zip(done["episodes"], done["rewards"], done["advantages"]))]
-        self.append("episodes.jsonl", *records)
-        self.append("tokens.jsonl",
-                    *({"when": f"step-{step}", "index": i, "sample": done["episodes"][i].sample.id,
-                                       "advantage": rounded(float(done["advantages"][i])), **tokens}
-                                      for i, tokens in enumerate(done.get("tokens", ()))))
-        for phase, seconds in done["clock"].seconds.items():
-            self.clock.seconds[phase] += seconds
-        self.metrics.append(metrics)        # last: `steps` counts those that are recorded in full
-
     def append_row(self, name: str, row: dict) -> None:
-        """One line of a CSV file; its first line, the names of the columns, is
-        that of the first row ever written."""
+        """One line of a CSV file; the first row ever written decides its columns."""
         with open(self.folder / name, "a+", newline="") as file:
             file.seek(0)
             columns = next(csv.reader([file.readline()]), None)
@@ -336,152 +306,210 @@ class Run:
         """A small copy of a sample's image, for the report: its name in the run folder."""
         if sample.image_path not in self.inputs:
             image = sample.open_image()
-            small = max(image.size) <= INPUT_SIDE
+            small = max(image.size) <= INPUT_SIDE       # a photograph is large as PNG
             image.thumbnail((INPUT_SIDE, INPUT_SIDE))
-            name = f"images/input-{hashlib.sha1(str(sample.image_path).encode()).hexdigest()[:12]}"
-            # photographs are large as PNG
-            self.inputs[sample.image_path] = name + (".png" if small else ".jpg")
-            image.convert("RGB").save(self.folder / self.inputs[sample.image_path], quality=90)
+            digest = hashlib.sha1(str(sample.image_path).encode()).hexdigest()[:12]
+            name = f"images/input-{digest}{'.png' if small else '.jpg'}"
+            image.convert("RGB").save(self.folder / name, quality=90)
+            self.inputs[sample.image_path] = name
         return self.inputs[sample.image_path]
 
     def episode_record(self, when: str, i: int, episode: Episode, reward, advantage: float | None,
                        images: bool) -> dict:
-        """What was shown, written and returned; with `images`, the images as files ("input": a
-        small copy of the sample's). "ran": the program, where it is not the text as written
-        (--crop-box question)."""
-        turns = []
+        """What was shown, written and returned; with `images`, the images as files as well.
+
+        "input" is a small copy of the sample's image. "ran" is the program that ran, where it is
+        not the text as written (--crop-box question).
+        """
+        sample, turns = episode.sample, []
         for k, turn in enumerate(episode.turns):
-            run, failed = turn.execution, isinstance(turn.found, SearchError)
-            name = None
+            run, name = turn.execution, None
             if run is not None and run.image is not None and images:
                 name = f"images/{when}-{i}-{k}.png"
                 run.image.save(self.folder / name)
-            ran = (turn.action.value if run is not None and turn.action.value not in turn.text
-                   else None)
+            ran = run is not None and turn.action.value not in turn.text
+            error = str(turn.found) if isinstance(turn.found, SearchError) else None
             turns.append({"text": turn.text, "action": turn.action.kind, "finished": turn.finished,
-                          "ran": ran,
-                          "observation": turn.observation, "image": name,
-                          "error": run.error if run is not None else str(turn.found) if failed
-                          else None})
-        sample = episode.sample
+                          "ran": turn.action.value if ran else None, "image": name,
+                          "observation": turn.observation, "error": run.error if run else error})
         return {"when": when, "index": i, "sample": sample.id,
                 "image": str(sample.image_path) if sample.image_path else None,
                 "input": self.keep_input(sample) if sample.image_path and images else None,
                 "question": sample.question, "gold": list(sample.golds),
-                "problems": list(sample.problems),
-                "split": sample.split, "turns": turns, "answer": episode.answer,
-                "ended": episode.ended,
-                "reward": rounded(dataclasses.asdict(reward)), "advantage": rounded(advantage)}
+                "problems": list(sample.problems), "split": sample.split, "turns": turns,
+                "answer": episode.answer, "ended": episode.ended, "advantage": advantage,
+                "reward": metrics.rounded({"total": reward.total, **reward.parts})}
 
-    def record_evaluation(self, when: int | str, summary: dict, rows: list[dict] = ()) -> None:
-        """Keeps a summary; with its rows, `episode_record`s (before and after
-        training), also every prediction."""
-        self.summary[str(when)] = rounded(summary)
-        # "after" may be its last, too
-        self.curve = [point for point in self.curve if point["step"] < self.steps]
-        self.curve.append({"step": self.steps, "greedy": summary["em"],
-                           "sampled": summary.get("sampled", {}).get("em")})
-        self.append("evaluations.jsonl",
-                    {"step": self.steps, "when": str(when), **self.summary[str(when)]})
-        if rows:
-            self.write_json(f"predictions-{when}.json", [
-                {"id": int(row["sample"]) if row["sample"].isdigit() else row["sample"],
-                 "gt": row["gold"],
-                 "pred_answer": row["answer"], **({"split": row["split"]} if row["split"] else {})}
-                for row in rows])
-            self.append("episodes.jsonl", *rows)
-        for part in self.folder.glob("*.part"):
-            part.unlink()
+    def refresh_report(self) -> None:
+        """Remakes report.html of a run that is still going, as often as REPORT_SHARE lets."""
+        start = time.perf_counter()
+        if REPORT_SHARE * (start - self.shown_at) >= self.showing:
+            self.write_report()
+            self.shown_at = time.perf_counter()
+            self.showing = self.shown_at - start
 
-    def step_line(self) -> str:
-        """The last step in at most 100 columns; behind "!" what goes wrong. What
-        does not fit is left out."""
-        m = self.metrics[-1]
-        part = "query" if "query" in m else "problem"
-        flat, found = round(m["zero_variance"] * m["groups"]), [w["name"]
-                                                                for w in m.get("warnings", ())]
-        parts = [f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}",
-                 f"  {part} {m[part]:.2f}", f"  KL {m['kl'] or 0:.3f}",
-                 f"  entropy {m['entropy'] or 0:.2f}",
-                 f"  tools {m['tool_calls']}", f", {m['tool_failures']} failed",
-                 f"  {m['seconds']:.1f} s", f"  {flat} flat" * (flat > 0),
-                 f"  ! {' '.join(found)}" * bool(found)]
-        for dropped in (5, 1, 7, 3):
-            if len("".join(parts)) > 100:
-                parts[dropped] = ""
-        return "".join(parts)
+    def write_report(self) -> None:
+        """report.html, where the page's leaf is there."""
+        if report := leaf("report"):
+            report.write(self.folder)
 
-    def news(self) -> list[str]:
-        """In full, the last step's warnings that the step before it did not have."""
-        before = {w["name"] for m in self.metrics[-2:-1] for w in m.get("warnings", ())}
-        now = self.metrics[-1].get("warnings", ())
-        return [f"! {w['name']}: {w['message']}" for w in now if w["name"] not in before]
+    # --- the end ----------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Run":
+        self.held.enter_context(self.signals)
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        """Whatever ended the run, saves what was learned and writes the summary.
+
+        Ctrl-C is no error: returns True. A disk that is full becomes a RunError with its cure.
+        """
+        self.interrupted = isinstance(error, KeyboardInterrupt)
+        if self.interrupted and self.optimizer and self.learned < self.config.steps:
+            tqdm.write(f"interrupted after {self.done} complete steps; saving what was learned")
+        with self.held:
+            try:
+                with self.signals.hold():
+                    self.finish()
+            except OSError as problem:
+                error = problem
+            if isinstance(error, OSError):
+                raise RunError(
+                    f"{self.folder} could not be written ({error}); the last checkpoint is of step "
+                    f"{self.saved}. Make room on the disk or bring the folder back, then: python "
+                    f"arft.py --resume {self.folder}") from error
+        return self.interrupted
+
+    def finish(self) -> None:
+        """The last checkpoint, model/, summary.json and report.html."""
+        try:
+            if self.optimizer and not self.torn and self.learned == self.done > self.saved:
+                self.save_checkpoint()
+        finally:
+            if self.done and self.policy and not self.torn:
+                resume.write_folder(self.folder / "model", self.save_model)
+            summary = {name: self.summary[name] for name in SHOWN if name in self.summary}
+            searches = {}
+            if hasattr(self.search, "hits"):        # a Replay: how many were in the record
+                searches = {"searches": {"hits": self.search.hits, "misses": self.search.misses}}
+            self.write_json("summary.json", summary | {     # one with "after" in it is finished
+                "steps": self.done, "interrupted": self.interrupted, "warnings": self.warned(),
+                "seconds": round(time.perf_counter() - self.started, 1),
+                "seconds_by_phase": metrics.rounded(dict(self.seconds)), "curve": self.curve,
+                **searches})
+            self.write_report()
+
+    def save_model(self, folder: Path) -> None:
+        """The model as a Hugging Face folder; with LoRA its adapter."""
+        weights.save(self.policy, folder)
 
     def warned(self) -> dict[str, int]:
         """How many steps had each warning."""
         return dict(Counter(w["name"] for m in self.metrics for w in m.get("warnings", ())))
 
-    def checkpoint_due(self, step: int, every: int) -> bool:
-        """Whether it is time: every so many steps, or (0) as often as
-        CHECKPOINT_SHARE of the time allows."""
-        if every:
-            return step % every == 0
-        return CHECKPOINT_SHARE * (time.perf_counter() - self.saved_at) >= self.saving
-
-    def save_checkpoint(self, trainer) -> None:
-        """checkpoint/: all that the next step depends on."""
-        start = time.perf_counter()
-        with self.clock.phase("checkpoint"):
-            resume.save(self.folder, trainer.state() | {"run": self.state()})
-        self.saved, self.saved_at = trainer.steps, time.perf_counter()
-        self.saving = self.saved_at - start
-
-    def watch(self) -> None:
-        """Remakes report.html, so that a run that is going on can be watched; as
-        often as REPORT_SHARE of the time allows."""
-        start = time.perf_counter()
-        if REPORT_SHARE * (start - self.watched_at) >= self.watching:
-            report.write(self.folder)
-            self.watched_at = time.perf_counter()
-            self.watching = self.watched_at - start
-
-    def keep_best(self, policy: Policy) -> None:
-        """best/: a model folder of the highest greedy exact match in the run's
-        evaluations; of equals, the first."""
-        point = self.curve[-1]
-        if self.best is None or point["greedy"] > self.best["em"]:
-            self.best = {"step": point["step"], "em": point["greedy"]}
-
-            def write(folder):
-                policy.save(folder)
-                resume.write_text(folder / "best.json", json.dumps(self.best))
-            resume.write_folder(self.folder / "best", write)
-
-    def finish(self, policy: Policy | None, config) -> None:
-        """model/ (not without a policy), summary.json and report.html."""
-        if self.steps and policy and not self.torn:
-            resume.write_folder(self.folder / "model", policy.save)
-        seconds = rounded(dict(self.clock.seconds))
-        summary = {name: self.summary[name] for name in ("before", "after") if name in self.summary}
-        # last: a run with "after" in it is finished
-        self.write_json("summary.json", summary | {
-            "steps": self.steps, "interrupted": self.interrupted, "warnings": self.warned(),
-            "seconds": round(time.perf_counter() - self.started, 1), "seconds_by_phase": seconds,
-            "curve": self.curve,
-            **({"searches": self.searches} if self.searches else {})})
-        report.write(self.folder)
-
-    def last_words(self) -> list[str]:
-        """What a person is told at the end."""
-        clock, took = f"{time.perf_counter() - self.started:.0f} s", self.clock.seconds.get(
-            "checkpoint", 0.0)
-        lines = [f"{self.steps} steps, {clock} ({took:.1f} s of it for checkpoints); everything is "
-                 f"in {self.folder}"]
+    def say_scores(self) -> int:
+        """Prints the table of scores and where everything is. Returns the exit code."""
+        print(score_table(self.summary))
         if warned := self.warned():
-            lines.insert(0, "warnings: "
-                         + ", ".join(f"{name} in {n} steps" for name, n in warned.items()))
+            print("warnings: " + ", ".join(f"{name} in {n} steps" for name, n in warned.items()))
+        took = self.seconds.get("checkpoint", 0.0)
+        print(f"{self.done} steps, {time.perf_counter() - self.started:.0f} s ({took:.1f} s of it "
+              f"for checkpoints); everything is in {self.folder}")
         if self.torn:
-            lines.append("the last update was cut short, so there is no model/ of it")
+            print("the last update was cut short, so there is no model/ of it")
         if self.interrupted:
-            lines.append(f"to go on from step {self.saved}: python arft.py --resume {self.folder}")
-        return lines
+            print(f"to continue after step {self.saved}: python arft.py --resume {self.folder}")
+        return 130 if self.interrupted else 0
+
+
+class Evaluation:
+    """One pass over the held-out samples, batch by batch, greedy or sampled.
+
+    What an earlier process did of the evaluation before training is on the disk and is not done
+    again.
+    """
+
+    def __init__(self, run: Run, name: str, mode: str, samples: list):
+        self.run, self.name, self.mode, self.samples = run, name, mode, samples
+        self.temperature = 0.0 if mode == "greedy" else 1.0
+        self.part = run.folder / f"{name}-{mode}.part" if name == "before" and run.alone else None
+        self.rows = resume.reopen_lines(self.part) if self.part else []
+        self.kept = []              # episodes that are to be gathered
+
+    def batches(self) -> Iterator[tuple[int, list]]:
+        """Yields (place of the first sample, samples) of each batch of this process."""
+        own, at_once = self.run.share(range(len(self.samples))), self.run.config.eval_batch
+        title = self.name if self.name in SHOWN else f"step {self.name}"
+        with tqdm(total=len(own), initial=len(self.rows), desc=f"{title}, {self.mode}",
+                  leave=False, unit="sample") as bar:
+            for start in own[len(self.rows)::at_once]:
+                samples = self.samples[start:min(start + at_once, own.stop)]
+                yield start, samples
+                bar.update(len(samples))
+        gathered = self.run.gather(self.kept)
+        self.rows += [self.row(i, episode) for i, episode in enumerate(gathered)]
+
+    def add(self, start: int, episodes: list[Episode]) -> None:
+        """Keeps what came of a batch."""
+        if not self.run.alone:
+            self.kept += forget_features(episodes, False)
+            return
+        rows = [self.row(start + i, episode) for i, episode in enumerate(episodes)]
+        self.rows += rows
+        if self.part:
+            resume.append_lines(self.part, rows)
+
+    def row(self, i: int, episode: Episode) -> dict:
+        """What is kept of the i-th episode: its answer, or all of it."""
+        if self.mode == "sampled" or self.name not in SHOWN:
+            return {"answer": episode.answer}
+        return self.run.episode_record(self.name, i, episode, self.run.reward(episode), None, True)
+
+    def scores(self) -> dict:
+        """The summary by the chosen scorer, the other's under its name, and exact match by damage.
+        """
+        config, answers = self.run.config, [row["answer"] for row in self.rows]
+        both = {scorer: summarize(answers, self.samples, scorer, config.task == "mat-coding")
+                for scorer in SCORERS}
+        summary = both.pop(config.scorer) | both
+        if any(sample.problems for sample in self.samples):
+            summary["by_problem"] = em_by_problem(answers, self.samples, config.scorer)
+        return summary
+
+
+def em_by_problem(answers: list[str | None], samples: list, scorer: str) -> dict[str, dict]:
+    """n and exact match for each kind of damage, and for all damaged images together."""
+    right: dict[str, list[float]] = {"damaged": []}
+    for answer, sample in zip(answers, samples):
+        name = "+".join(sample.problems)
+        _, em = score_answer(answer, sample.golds, scorer)
+        right.setdefault(name, []).append(em)
+        if name != "none":
+            right["damaged"].append(em)
+    return {name: {"n": len(ems), "em": float(np.mean(ems))} for name, ems in right.items() if ems}
+
+
+def prediction(row: dict) -> dict:
+    """An `episode_record` in the published schema: [{"id", "gt", "pred_answer"}]."""
+    name = int(row["sample"]) if row["sample"].isdigit() else row["sample"]
+    split = {"split": row["split"]} if row["split"] else {}
+    return {"id": name, "gt": row["gold"], "pred_answer": row["answer"], **split}
+
+
+def forget_features(episodes: list[Episode], keep_images: bool) -> list[Episode]:
+    """Frees what the vision tower computed for the step; without keep_images, the images as well.
+
+    Only the process that sampled an episode trains on its images: others do without.
+    """
+    for episode in episodes:
+        for image in episode.images:
+            image.features = None
+    if keep_images:
+        return episodes
+    return [dataclasses.replace(episode, images=[], view=None) for episode in episodes]
+
+
+def score_table(summary: dict) -> str:
+    """The table of scores, where the report's leaf is there."""
+    report = leaf("report")
+    return report.table(summary) if report else json.dumps(summary, indent=1)

@@ -1,5 +1,6 @@
-"""The prose: docstring examples run, the README's examples run, and what it names exists."""
+"""The prose is executed: examples run, commands parse, and what a page names exists."""
 
+import ast
 import dataclasses
 import doctest
 import importlib
@@ -9,28 +10,50 @@ import pytest
 
 from arft import Config, parse_options
 from conftest import ROOT
+from coursework.__main__ import LEFT_OUT
 
-README = (ROOT / "README.md").read_text()
+READMES = ["README.md", "extras/README.md", "tests/README.md"]
+TEACHERS = ["tests/mutants.md", "tests/coursework/README.md"]
+# `tests.coursework make` leaves the teachers' pages, and what they tell of, out of a student copy.
+STUDENT_COPY = (ROOT / "ASSIGNMENTS.md").exists()
+PAGES = READMES if STUDENT_COPY else [*READMES, *TEACHERS, ".github/CONTRIBUTING.md"]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+README = TEXT["README.md"]
+SOURCES = sorted(file for folder in (".", "data", "extras")
+                 for file in (ROOT / folder).glob("*.py"))
+EXAMPLES = [".".join(file.relative_to(ROOT).with_suffix("").parts)
+            for file in SOURCES if ">>> " in file.read_text()]
+# made by `tests.coursework make`, and by whoever adds a task
+MADE_LATER = {"ASSIGNMENTS.md", "test_task_NN.py"}
+# options of hf and torchrun
+OTHERS = {"--repo-type", "--local-dir", "--nproc-per-node"}
 
 
-MODULES = ["grpo", "policy", "rewards", "rollout", "tools", "data.mat", "data.mini",
-           "data.mini_search", "extras.paper", "extras.record", "extras.report", "extras.tree"]
+# --- examples -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0 and result.attempted > 0
+
+
+def test_most_modules_have_examples():
+    assert len(EXAMPLES) >= 10 and {"tools", "rewards", "grpo"} <= set(EXAMPLES)
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_examples_of_a_page(page):
+    result = doctest.testfile(str(ROOT / page), module_relative=False, encoding="utf-8")
     assert result.failed == 0
-    assert result.attempted > 0 or name in ("policy", "rollout"), "these two need a model"
+    assert result.attempted > 15 or page != "README.md"
 
 
-def test_the_readmes_examples():
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, encoding="utf-8")
-    assert result.failed == 0 and result.attempted > 15
+# --- equations and laws ---------------------------------------------------------------------------
 
 
 def test_every_equation_of_the_readme_stands_once_in_the_code_on_its_line():
-    """As a comment behind the line that computes it, and nowhere else."""
+    """As a comment behind the line that computes it, in a lesson file, and nowhere else."""
     code = [line for file in ROOT.glob("*.py") for line in file.read_text().split("\n")]
     tags = set(re.findall(r"Eq\. \(\d\)", README))
     assert len(tags) == 4
@@ -39,30 +62,105 @@ def test_every_equation_of_the_readme_stands_once_in_the_code_on_its_line():
         assert len(lines) == 1 and re.search(r"\w.*  # " + re.escape(tag), lines[0]), (tag, lines)
 
 
-def test_every_function_that_the_readme_names_exists():
-    named = re.findall(r"`([\w/]+\.py):(\w+)`", README)
-    assert len(named) > 5
-    for file, name in named:
-        assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(),
-                         re.MULTILINE), f"{file}:{name}"
+def laws() -> dict[int, str]:
+    """The numbered list of the README's section on laws: number -> text."""
+    section = README.split("# Nine laws\n")[1].split("\n# ")[0]
+    found = re.findall(r"^(\d)\. (.*(?:\n   .*)*)", section, re.MULTILINE)
+    return {int(number): text for number, text in found}
 
 
-def test_every_file_that_the_readme_names_exists():
-    for file in re.findall(r"`((?:data/|tests/|extras/)?\w+\.py)`", README):
-        assert (ROOT / file).exists(), file
+def test_each_law_names_the_test_that_keeps_it():
+    """That these tests exist is checked below, with all other names."""
+    assert list(laws()) == list(range(1, 10))
+    for number, text in laws().items():
+        assert text.startswith("**") and re.search(r"`tests/test_\w+\.py:test_\w+`", text), number
 
 
-def test_every_flag_that_the_readme_names_exists():
+def test_every_law_that_the_code_cites_is_stated():
+    files = [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    cited = {int(n) for file in files for n in re.findall(r"\blaw (\d+)", file.read_text())}
+    assert cited and cited <= set(laws())
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def defined(file: str) -> set[str]:
+    """The functions and classes of a file, and its methods as Class.method."""
+    names = set()
+    for node in ast.parse((ROOT / file).read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body
+                      if isinstance(part, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_function_and_test_that_a_page_names_exists(page):
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", TEXT[page])
+    assert len(named) > 20 or page != "README.md"
+    missing = [f"{file}:{name}" for file, name in named
+               if not (ROOT / file).exists() or name not in defined(file)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    named = re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|md|txt))`", TEXT[page])
+    named += re.findall(r"`((?:data|tests|extras)/[\w/-]+/?)`", TEXT[page])
+    named += re.findall(r"\bpython ((?:tests|extras|data)/[\w/]+\.py)", TEXT[page])
+    named += [name.replace(".", "/") + ".py"
+              for name in re.findall(r"\bpython -m (extras\.\w+)", TEXT[page])]
+    # a page may name its neighbours, and conftest.py, without their folder
+    near = (ROOT, (ROOT / page).parent, ROOT / "tests")
+    missing = {name for name in named if not any((folder / name).exists() for folder in near)}
+    missing -= MADE_LATER
+    assert not missing - set(LEFT_OUT if STUDENT_COPY else ())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    """Of links to the network only those to sections and files of the repository are followed."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, section = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if section:
+            assert section in sections(file.read_text()), target
+
+
+def sections(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_a_page_names_exists(page):
     ours = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
     scripts = "".join(file.read_text() for folder in ("tests", "data", "extras")
-                      for file in (ROOT / folder).rglob("*.py"))
-    others = {"--repo-type", "--local-dir", "--nproc-per-node"}         # hf, torchrun
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - ours - others:
-        assert f'"{flag}"' in scripts, flag
+                      for file in (ROOT / folder).rglob("*.py") if file.name != "test_readme.py")
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT[page]))
+    assert not {flag for flag in named - ours - OTHERS if f'"{flag}"' not in scripts}
 
 
-def test_every_command_line_of_the_readme_parses():
-    commands = re.findall(r"python arft\.py ([^#\n;&|`]*)", README)
-    assert len(commands) > 5
-    for command in commands:
-        parse_options(command.replace("$seed", "0").split())
+def test_every_command_line_of_the_pages_parses():
+    joined = "\n".join(TEXT.values()).replace("\\\n", " ")
+    commands = re.findall(r"\barft\.py((?: +[^\s#;&|`]+)+)", joined)
+    commands = [command for command in commands if command.lstrip().startswith("--")]
+    assert len(commands) > 25
+    assert not [command for command in commands if not parses(command.replace("$seed", "0"))]
+
+
+def parses(command: str) -> bool:
+    try:
+        return parse_options(command.split()) is not None
+    except SystemExit as end:       # 0: --help; else argparse has said why
+        return end.code == 0

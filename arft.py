@@ -43,19 +43,22 @@ import transformers
 from tqdm import tqdm
 
 import grpo
+from extras import files
 from extras import many
 from extras import paper
 from extras import plan
 from extras import report
 from extras import resume
 from data import mat, mini, mini_search
+from extras.files import HEADER, compare, score_predictions, score_row, table
 from extras.plan import DEVICES
 from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
 from extras.record import Run, token_record, zero_loss_note
-from extras.report import HEADER, ReportError, score_row, show_episode, table
+from extras.paper import step_reward
+from extras.report import ReportError, show_episode
 from extras.resume import RunError
-from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
-                     score_predictions, step_reward, summarize)
+from extras.search import SentenceSimilarity
+from rewards import SCORERS, Scoring, episode_reward, lexical_similarity, score_answer, summarize
 from rollout import Clock, Episode, Limits, rollout
 from tools import Corpus, Replay, Sandbox, SandboxError, SearchRefused, Serper, Tools
 
@@ -534,12 +537,11 @@ def endless(samples: list, order: random.Random):
 
 def score(episodes: list[Episode], config: Config, similarity=lexical_similarity) -> list:
     """The reward of each episode. A number that is not finite stops the run and names the sample (law 6)."""
-    rewards = [step_reward(e, accuracy_weight=config.answer_weight, format_weight=config.format_weight,
-                           scorer=config.scorer, similarity=similarity) if isinstance(e.sample, mat.StepSample) else
-               episode_reward(e, answer_weight=config.answer_weight, format_weight=config.format_weight,
-                              problem_weight=config.problem_weight, query_weight=config.query_weight,
-                              answer_metric=config.answer_metric, scorer=config.scorer, similarity=similarity)
-               for e in episodes]
+    scoring = Scoring(config.answer_metric, config.scorer, {
+        "answer": config.answer_weight, "format": config.format_weight, "problem": config.problem_weight,
+        "query": config.query_weight})
+    rewards = [step_reward(e, scoring, similarity) if isinstance(e.sample, mat.StepSample) else
+               episode_reward(e, scoring, similarity=similarity) for e in episodes]
     for episode, reward in zip(episodes, rewards):
         if not math.isfinite(reward.total):
             raise UsageError(f"sample {episode.sample.id}: its reward is {reward.total}; check the reward weights")
@@ -726,7 +728,7 @@ def check_files(config: Config) -> int:
     """--check-data: what the task's files hold, then every defect. 1 if there is one, else 0."""
     small = is_small(config.model) if config.model else config.device == "cpu" or not torch.cuda.is_available()
     choose_data(config, small)
-    report, defects = mat.check(config.task, config.data)
+    report, defects = files.check(config.task, config.data)
     print("\n".join(report))
     print("\n".join([*defects, f"defects: {len(defects)}"]))
     return 1 if defects else 0

@@ -56,15 +56,15 @@ def step_metrics(step: int, done: dict, group_size: int) -> dict:
     sampled, seconds = sum(sum(e.mask) for e in episodes), done["clock"].seconds
 
     def average(name: str) -> float:    # a single step has an answer, or a problem, or neither
-        known = [value for r in rewards if (value := getattr(r, name)) is not None]
+        known = [value for r in rewards if (value := r.parts.get(name)) is not None]
         return float(np.mean(known)) if known else 0.0
 
     return rounded({
         "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
         "answer": average("answer"), "format": average("format"), "problem": average("problem"),
         "em": average("em"),
-        **({"query": average("query")} if any(r.query is not None for r in rewards) else {}),
-        **({"accuracy": average("accuracy")} if rewards[0].accuracy is not None else {}),
+        **({"query": average("query")} if any("query" in r.parts for r in rewards) else {}),
+        **({"accuracy": average("accuracy")} if "accuracy" in rewards[0].parts else {}),
         "groups": len(groups), "group_std": groups.std(dim=1).mean().item(),
         "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
         **done["stats"],
@@ -371,7 +371,8 @@ class Run:
                 "problems": list(sample.problems),
                 "split": sample.split, "turns": turns, "answer": episode.answer,
                 "ended": episode.ended,
-                "reward": rounded(dataclasses.asdict(reward)), "advantage": rounded(advantage)}
+                "reward": rounded({"total": reward.total, **reward.parts}),
+                "advantage": rounded(advantage)}
 
     def record_evaluation(self, when: int | str, summary: dict, rows: list[dict] = ()) -> None:
         """Keeps a summary; with its rows, `episode_record`s (before and after

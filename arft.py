@@ -102,7 +102,7 @@ class Config:
     protocol: str = option("episodes", "episodes: several turns, tools in the loop; paper: one growing message, training "
                                        "on single steps (paper.py)", ("episodes", "paper"))
     # instead of a run; none of these loads a model but --save-merged
-    plan: bool = option(False, "print what the run would take of a GPU: memory by part and phase, seconds a step (plan.py)")
+    plan: bool = option(False, "print what the run would take of a GPU: memory by part and phase (plan.py)")
     plan_device: str | None = option(None, "the GPU to plan for; default: the one that is there, else H200", tuple(DEVICES))
     check_data: bool = option(False, "print what the data files hold and every defect; exit code 1 if there is one")
     save_merged: str | None = option(None, "write the adapter folder --model and its base as one ordinary model folder, this one")
@@ -358,7 +358,7 @@ def complete(config: Config) -> list[str]:
     if saving_is_open and config.lora_rank:
         config.save_every = 1   # adapters and their moments alone: no more than the step in progress is ever lost
     if config.rollout_batch is None:
-        config.rollout_batch = 128 if small else plan.rollout_batch(config)
+        config.rollout_batch = 128 if small else plan.largest_rollout_batch(config)
     if config.eval_batch is None:
         config.eval_batch = 100 if small else config.rollout_batch
     if config.out is None:
@@ -705,7 +705,7 @@ def say(trainer: Trainer, run: Run) -> None:
     if trainer.steps == 1 and (why := zero_loss_note(trainer.config, run.metrics[-1])):
         tqdm.write(why)
     if trainer.steps == 1 and trainer.policy.device.type == "cuda":
-        tqdm.write(plan.beside(trainer.config, torch.cuda.max_memory_allocated()))
+        tqdm.write(plan.planned_and_measured(trainer.config, torch.cuda.max_memory_allocated()))
     if many.rank() == 0:
         run.watch()
 
@@ -738,7 +738,7 @@ def print_plan(config: Config) -> int:
     """--plan, for --model or the default on a GPU. Neither data nor weights are read."""
     config.model, config.data = config.model or HUB_MODEL, config.data or ""
     complete(config)
-    print("\n".join(plan.report(config)))
+    print("\n".join(plan.plan_lines(config)))
     return 0
 
 
@@ -824,7 +824,7 @@ def main(arguments: list[str]) -> int:
 def explained(error: BaseException, config: Config) -> tuple[int, str] | None:
     """(exit code, message) of an error that needs no stack trace: bad input, or a GPU that is too small."""
     if isinstance(error, torch.OutOfMemoryError):
-        return 1, plan.out_of_memory(config, error)
+        return 1, plan.out_of_memory_message(config, error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the last checkpoint has what was learned until then"
     known = (UsageError, PolicyError, SandboxError, SearchRefused, RunError, mat.DataError, ReportError)

@@ -1,21 +1,26 @@
-"""MAT and multi-hop QA files as samples: what an agent is asked, what it is shown, what a right
-answer is.
+"""MAT and multi-hop QA files as samples: what an agent is asked, what it is shown, and what a
+right answer is.
 
 What it teaches: the published MAT stores *single steps* for training (`pre_problem`, `pre_code`,
 `pre_answer`, each with the teacher's context), because the authors train one step at a time.
 Multi-turn episodes need the whole question back, so `join_steps` puts the steps of one question
-together again: image, question, gold problems, gold answer. `load` gives these samples,
-`load_steps` the single steps for `--protocol paper`. The rest is care with files written by others:
-every message says which file, row and field, and what to do about it.
+together again: image, question, gold problems, gold answer. `load` gives these samples;
+`load_steps` gives the single steps for `--protocol paper`. The rest of this file handles files that
+others wrote with care: every message names file, row and field, and says what you can do about it.
 
-    MAT/MAT-Benchmark/MAT-Coding.json + MAT-Coding-image/            200 test questions about damaged images
-    MAT/MAT-Benchmark/MAT-Search.json + MAT-Search-image/            150 test questions that need a web search
-    MAT/MAT-Training/rft_agent_code_1_2k.json + ..._images/          1,200 questions in about 3,500 steps
-    MAT/MAT-Training/rft_agent_search_20.json + ..._images/          20 questions in 63 steps
-    FlashRAG: 2wikimultihopqa/dev.jsonl, hotpotqa/dev.jsonl, musique/dev.jsonl, bamboogle/test.jsonl   (no images)
+    MAT/MAT-Benchmark/MAT-Coding.json + MAT-Coding-image/
+        200 test questions about damaged images
+    MAT/MAT-Benchmark/MAT-Search.json + MAT-Search-image/
+        150 test questions that need a web search
+    MAT/MAT-Training/rft_agent_code_1_2k.json + rft_agent_code_1_2k_images/
+        1,200 questions in about 3,500 steps
+    MAT/MAT-Training/rft_agent_search_20.json + rft_agent_search_20_images/
+        20 questions in 63 steps
+    FlashRAG, without images
+        2wikimultihopqa/dev.jsonl, hotpotqa/dev.jsonl, musique/dev.jsonl, bamboogle/test.jsonl
 
-Read next: rewards.py, which says what an answer to a sample is worth; data/mini.py, which draws a
-MAT of its own. Left out: downloading, which arft.py does.
+Left out: downloading, which the program does; the list of every defect in a file, which
+extras/files.py prints (--check-data).
 """
 import json
 import re
@@ -26,14 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 PROBLEMS = ("rotation90", "rotation180", "dark", "overexposure", "blur", "noise", "crop", "none")
-# the paper splits by position: the first 70 (75) are simple
+# The paper splits by position: the first 70 (75) are simple.
 N_SIMPLE = {"mat-coding": 70, "mat-search": 75}
-# photographs have up to 50 million; a "decompression bomb" has more
+# Photographs have up to 50 million pixels; a "decompression bomb" has more.
 MAX_PIXELS = 64_000_000
-# no others: for some, Pillow starts other programs
+# Only these: for some other formats Pillow starts other programs.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 FILES = {   # task -> split -> (file below the data folder, folder of its images or None)
@@ -49,31 +53,30 @@ FILES = {   # task -> split -> (file below the data folder, folder of its images
     "musique": {"train": ("musique/train.jsonl", None), "test": ("musique/dev.jsonl", None)},
     "bamboogle": {"test": ("bamboogle/test.jsonl", None)},
 }
-# A backslash and an n where a line break belongs (15 of MAT-Coding's golds); LaTeX's \neq, \nu, ...
-# are none.
+# A backslash and an n where a line break belongs (15 of MAT-Coding's golds have one). LaTeX commands
+# such as \neq and \nu do not match.
 LITERAL_NEWLINE = re.compile(r"\\n(?!(?:abla|eq?|eg|ot(?:in)?|u|ewline)(?![a-z]))")
 
 
 class DataError(ValueError):
-    """What is wrong with a file, in one or two lines: file, row (the first
-    is 1), field, cause and cure."""
+    """A file is wrong. The message names in one or two lines the file, the row (the first is 1), the
+    field, the cause, and what you can do."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question, what belongs to it, and what a right answer looks like."""
+    """One question, its image, and its right answers."""
     id: str
     question: str                   # without the <query> tags of the files
-    golds: tuple[str, ...]          # any of them is right
-    image_path: Path | None         # what the model is shown; None for text-only questions
-    # gold problem labels in the file's order; () where the data has none
-    problems: tuple[str, ...] = ()
-    queries: tuple[str, ...] = ()   # gold search queries; () where the data has none
+    golds: tuple[str, ...]          # each of them is a right answer
+    image_path: Path | None         # the image that the model is shown; None for text-only questions
+    problems: tuple[str, ...] = ()  # gold problem labels, in the file's order; () if there are none
+    queries: tuple[str, ...] = ()   # gold search queries; () if there are none
     split: str = ""                 # "simple" | "hard" | "train" | "" (text-only questions)
 
     def open_image(self) -> Image.Image:
-        """The image as upright RGB. Raises DataError, naming the file, if there
-        is none to be had."""
+        """The image as upright RGB. Raises DataError, which names the file, if it is missing or
+        cannot be read."""
         if self.image_path is None:
             raise DataError(f"sample {self.id} has no image: its task is text only")
         return read_image(self.image_path)
@@ -81,14 +84,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class StepSample(Sample):
-    """One training row as the authors train on it: the teacher's turns so far are given, the next
-    turn is asked for.
+    """One training row as the authors train on it: given the teacher's turns so far, the model
+    writes the next turn.
 
-    Of golds, problems and queries only what belongs to `kind` is filled in.
+    golds are filled in for an answer step, problems for a problem step, queries for a search step.
     """
-    kind: str = ""                  # of the teacher's turn: problem | code | answer | search
+    kind: str = ""                  # kind of the teacher's turn: problem | code | answer | search
     context: str = ""               # the teacher's turns before it, as stored; "" for a first step
-    # the kinds that can earn the format reward: `kind`, for MAT-Search search and answer
+    # The kinds of turn that can earn the format reward: `kind`; for MAT-Search search and answer.
     formats: tuple[str, ...] = ()
 
 
@@ -96,37 +99,36 @@ class StepSample(Sample):
 
 
 @contextmanager
-def opened(path: Path):
-    """A Pillow image whose pixels are not read yet. Whatever is wrong, then
-    or while they are read: DataError."""
+def open_image_file(path: Path):
+    """A Pillow image whose pixels are not read yet. Raises DataError for whatever is wrong with the
+    file, then or while the pixels are read."""
     try:
         with warnings.catch_warnings():
-            # our own limit is stricter
+            # Pillow's limit is higher than ours, so its warning adds nothing.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=IMAGE_FORMATS)
         with image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path}: {image.width} x {image.height} pixels are more than {MAX_PIXELS:,}; "
-                                "store a smaller version")
+                raise DataError(f"{path}: the image has {image.width} x {image.height} pixels; at most "
+                                f"{MAX_PIXELS:,} are allowed. Store a smaller version")
             yield image
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image; put it there, or drop its row") from None
+        raise DataError(f"{path}: no such image; put it there, or remove its row") from None
     except DataError:
         raise
-    # damaged files make Pillow raise OSError, SyntaxError, IndexError, struct.error, ...
+    # Damaged files make Pillow raise OSError, SyntaxError, IndexError, struct.error, ...
     except Exception as err:
         raise DataError(
-            f"{path}: not a readable image ({err}); replace it, or drop its row") from None
+            f"{path}: not a readable image ({err}); replace it, or remove its row") from None
 
 
 def read_image(path: Path) -> Image.Image:
-    """Any image file as RGB: turned upright by its EXIF tag, transparency on white, 16 bits scaled
-    to 8. The file's ending does not matter (MAT names PNGs .jpg). Raises DataError for what is
-    missing, broken or huge."""
-    with opened(path) as image:
+    """Any image file as RGB: turned upright by its EXIF tag, transparent parts on white, 16 bits
+    scaled to 8. The file's ending does not matter (MAT names PNGs .jpg). Raises DataError if the
+    file is missing, broken or too large."""
+    with open_image_file(path) as image:
         image = ImageOps.exif_transpose(image)
-        # Pillow would clip: all but the darkest greys would turn white
+        # Pillow would clip 16 bits, and all but the darkest greys would turn white.
         if image.mode.startswith("I;16"):
             image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         if image.has_transparency_data:
@@ -135,24 +137,11 @@ def read_image(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def image_defect(path: Path) -> str | None:
-    """What is wrong with an image file, or None. Fast: of a PNG the
-    checksums are compared, not the pixels decoded."""
-    try:
-        with opened(path) as image:
-            image.verify() if image.format == "PNG" else image.load()
-    except DataError as err:
-        return str(err)
-    return None
-
-
 # --- files to rows --------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a .json file (one list) or a .jsonl file (one object a
-    line). Raises DataError."""
-    path = Path(path)
+def parse_json(path: Path) -> list:
+    """Everything that a .json file (one value) or a .jsonl file (one value a line) holds."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -171,11 +160,18 @@ def read_rows(path: Path) -> list[dict]:
             line = number + err.lineno
             raise DataError(
                 f"{path}: line {line}: not JSON ({err.msg}); is the file complete?") from None
+    return parsed
+
+
+def read_rows(path: Path | str) -> list[dict]:
+    """The objects of a .json file (one list) or a .jsonl file (one object a line). Raises
+    DataError."""
+    path = Path(path)
+    parsed = parse_json(path)
     rows = parsed if path.suffix == ".jsonl" else (parsed or [None])[0]
     if not isinstance(rows, list) or not rows:
-        raise DataError(
-            f"{path}: must hold a list of at least one object, [{{...}}, ...]; is it the right "
-            f"file?")
+        raise DataError(f"{path}: must hold a list of at least one object, [{{...}}, ...]; "
+                        "is it the right file?")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: row {number}: must be an object {{...}}, but is {row!r:.60}")
@@ -186,20 +182,20 @@ JSON_NAMES = {str: "text", int: "a whole number", list: "a list", type(None): "n
 
 
 def field(row: dict, name: str, kinds: tuple[type, ...], where: str):
-    """row[name], if it is of one of the types `kinds`; else a DataError that
-    begins with `where` ("FILE: row 7")."""
+    """row[name] if its type is one of `kinds`. Otherwise raises a DataError that begins with `where`
+    ("FILE: row 7")."""
     if name not in row:
-        raise DataError(
-            f"{where}: field '{name}' is missing (there are: {', '.join(map(str, row)) or 'none'})")
-    if type(row[name]) not in kinds:    # not isinstance: True is an int
+        there = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{where}: field '{name}' is missing (the row has: {there})")
+    if type(row[name]) not in kinds:    # isinstance would take True for an int
         wanted = " or ".join(JSON_NAMES[kind] for kind in kinds)
         raise DataError(f"{where}: field '{name}' must be {wanted}, but is {row[name]!r:.60}")
     return row[name]
 
 
 def text_list(row: dict, name: str, where: str) -> tuple[str, ...]:
-    """A field that is a text or a list of at least one text (MAT-Search
-    writes one gold without a list), as a tuple."""
+    """A field that is a text or a list of at least one text, as a tuple. (MAT-Search stores a single
+    gold without a list.)"""
     value = field(row, name, (list, str), where)
     values = (value,) if isinstance(value, str) else tuple(value)
     if not values or not all(isinstance(v, str) for v in values):
@@ -209,35 +205,38 @@ def text_list(row: dict, name: str, where: str) -> tuple[str, ...]:
 
 
 def strip_query(text: str) -> str:
-    """The question inside the <query> tags; MAT-Search's steps have the searches so far behind
-    them.
+    """The question inside the <query> tags. In MAT-Search's steps the searches so far follow it.
 
-    >>> strip_query("<query> Who is this? </query> <search> ... </search>"), strip_query(" Who is this? ")
-    ('Who is this?', 'Who is this?')
+    >>> strip_query("<query> Who is this? </query> <search> ... </search>")
+    'Who is this?'
+    >>> strip_query(" Who is this? ")
+    'Who is this?'
     """
     return split_query(text)[0]
 
 
 def split_query(text: str) -> tuple[str, str]:
-    """The question, and what stands behind its tags.
+    """The question, and the text after its tags.
 
     >>> split_query("<query> Who is this? </query> <search> painter </search>")
     ('Who is this?', '<search> painter </search>')
     """
-    # the authors' evaluation ends it with <query>, too
+    # The authors' evaluation closes it with <query> as well as with </query>.
     found = re.search(r"<query>(.*?)</?query>", text, re.DOTALL)
     return (found.group(1).strip(), text[found.end():].strip()) if found else (text.strip(), "")
 
 
 def split_of(task: str, row: dict, index: int) -> str:
-    """"simple" or "hard": the row's own word, else by place as in the paper; "" for tasks without
-    splits.
+    """"simple" or "hard": the row's own field "split", or else its place as in the paper. "" for a
+    task without splits.
 
     The place is the row's integer id, if it has one (ids count from 1), so that a missing row
-    shifts nothing.
+    shifts nothing. Otherwise it is `index`, which counts from 0.
 
-    >>> split_of("mat-coding", {"id": 71}, 0), split_of("mat-search", {}, 74), split_of("2wiki", {"id": "dev_0"}, 0)
-    ('hard', 'simple', '')
+    >>> split_of("mat-coding", {"id": 71}, 0), split_of("mat-search", {}, 74)
+    ('hard', 'simple')
+    >>> split_of("2wiki", {"id": "dev_0"}, 0)
+    ''
     """
     if task not in N_SIMPLE:
         return ""
@@ -250,53 +249,51 @@ def split_of(task: str, row: dict, index: int) -> str:
 
 def read_sample(task: str, row: dict, index: int, images: Path, where: str) -> Sample:
     """One row of a file whose rows are whole samples: the benchmarks, and every text-only file."""
-    id, question = field(row, "id", (int, str),
-                         where), strip_query(field(row, "question", (str,), where))
-    golds = text_list(row, {"mat-coding": "answers", "mat-search": "answer"}.get(task,
-            "golden_answers"), where)
+    name = {"mat-coding": "answers", "mat-search": "answer"}.get(task, "golden_answers")
+    id = str(field(row, "id", (int, str), where))
+    question = strip_query(field(row, "question", (str,), where))
+    golds = text_list(row, name, where)
     problems, image = (), None
     if task == "mat-coding":
         problems = text_list(row, "type", where)
-        # A crop question is about a region of the whole picture; its "processed" file is that
-        # region, cut out.
+        # A crop question is about a region of the whole picture; its "processed" file is only that
+        # region.
         image = field(row, "ori_image_path" if problems[0] == "crop" else "processed_image_path",
                       (str,), where)
     elif task == "mat-search":
         image = field(row, "image_path", (str,), where)
-    return Sample(str(id), question, golds, images / image if image else None, problems,
+    return Sample(id, question, golds, images / image if image else None, problems,
                   split=split_of(task, row, index))
 
 
 @dataclass(frozen=True)
 class Step:
     """One training row: a single turn of the teacher."""
-    kind: str       # problem | code | answer | search
-    image: str      # file name; the steps of one question may differ in _proc and _ori
+    kind: str           # problem | code | answer | search
+    image: str          # file name; the steps of one question may differ in _proc and _ori
     question: str
-    value: str      # what stands between the tags of the solution
+    value: str          # the text between the tags of the solution
     context: str = ""   # the teacher's turns before this one
 
 
 def read_step(row: dict, where: str) -> Step:
-    """The kind of a step is the tag of its solution (MAT-Coding's rows say
-    it in `type`, too; MAT-Search's do not)."""
+    """One training row. The tag of its solution says its kind. (MAT-Coding's rows also have it in
+    `type`; MAT-Search's do not.)"""
     solution = field(row, "solution", (str,), where)
     found = re.search(r"<(problem|code|answer|search)>(.*)</\1>", solution, re.DOTALL)
     if not found:
-        raise DataError(
-            f"{where}: field 'solution' must hold <problem>, <code>, <search> or <answer> and its "
-            f"end tag, "
-                        f"but is {solution!r:.60}")
+        raise DataError(f"{where}: field 'solution' must hold <problem>, <code>, <search> or "
+                        f"<answer> and its end tag, but is {solution!r:.60}")
     image = field(row, "image_path", (str,), where)
-    # MAT-Search has its context in here
+    # MAT-Search stores the context in this field, after the question.
     question, played = split_query(field(row, "problem", (str,), where))
     stored = field(row, "context", (str, type(None)), where) if "context" in row else None
     return Step(found.group(1), image, question, found.group(2).strip(), stored or played)
 
 
 def join_key(step: Step) -> tuple[str, str]:
-    """What the steps of one question share: the image's name without _proc, _ori and ending, and
-    the question.
+    """A key that the steps of one question share: the image's name without _proc, _ori and ending,
+    and the question.
 
     >>> join_key(Step("answer", "dark_7_ori.png", "What  year?", "1999"))
     ('dark_7', 'What year?')
@@ -305,7 +302,7 @@ def join_key(step: Step) -> tuple[str, str]:
 
 
 def labels_of(value: str) -> tuple[str, ...]:
-    """The labels of a teacher's problem set.
+    """The labels in a teacher's problem set.
 
     >>> labels_of("{'rotation90', 'dark'}")
     ('rotation90', 'dark')
@@ -314,22 +311,29 @@ def labels_of(value: str) -> tuple[str, ...]:
 
 
 def step_sample(task: str, step: Step, number: int, images: Path) -> StepSample:
-    """A step as a sample of its own; `number` is its row in the file, the first is 1."""
+    """A step as a sample of its own. `number` is its row in the file; the first row is 1."""
     return StepSample(
         id=f"{join_key(step)[0]}-{step.kind}-{number}", question=step.question,
-        image_path=images / step.image,
-        golds=(step.value,) if step.kind == "answer" else (), split="train", kind=step.kind,
-        context=step.context,
+        image_path=images / step.image, split="train", kind=step.kind, context=step.context,
+        golds=(step.value,) if step.kind == "answer" else (),
         problems=labels_of(step.value) if step.kind == "problem" else (),
         queries=(step.value,) if step.kind == "search" else (),
         formats=("search", "answer") if task == "mat-search" else (step.kind,))
 
 
-def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]]:
-    """Whole samples from single steps, in the order of their first step, and one line for each that
-    stays incomplete.
+def shown_image(group: list[Step], problems: tuple[str, ...]) -> str:
+    """The file name of the image that a joined sample shows, as in the benchmark: the damaged
+    picture, but the whole one for a crop. If no step names it, the first step's image."""
+    wanted = "_ori" if "crop" in problems else "_proc"
+    return next((step.image for step in group if Path(step.image).stem.endswith(wanted)),
+                group[0].image)
 
-    A sample needs an answer, and a problem or a search; code is never needed (`none` has no code).
+
+def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]]:
+    """Whole samples from single steps, in the order of their first step, and one line for each
+    question that lacks a step.
+
+    A sample needs an answer, and a problem or a search. It needs no code (`none` has no code).
     """
     groups: dict[tuple[str, str], list[Step]] = {}
     for step in steps:
@@ -341,55 +345,51 @@ def join_steps(steps: list[Step], images: Path) -> tuple[list[Sample], list[str]
         missing = [] if values["answer"] else ["<answer>"]
         missing += [] if values["problem"] or values["search"] else ["<problem> or <search>"]
         if missing:
-            incomplete.append(
-                f"{stem} ({question!r:.60}): left out, no step has {' and none has '.join(missing)}")
+            incomplete.append(f"{stem} ({question!r:.60}): left out, no step has "
+                              + " and none has ".join(missing))
             continue
         problems = labels_of(values["problem"][0]) if values["problem"] else ()
-        # As in the benchmark: the damaged picture, but the whole one for a crop; else what the
-        # first step says.
-        wanted = "_ori" if "crop" in problems else "_proc"
-        shown = next((step.image for step in group if Path(step.image).stem.endswith(wanted)),
-                     group[0].image)
         count[stem] += 1        # several questions about one image: dark_7, dark_7-2, ...
         samples.append(Sample(id=stem if count[stem] == 1 else f"{stem}-{count[stem]}",
                               question=group[0].question,
                               golds=tuple(dict.fromkeys(values["answer"])),
-                              image_path=images / shown,
+                              image_path=images / shown_image(group, problems),
                               problems=problems, queries=tuple(values["search"]), split="train"))
     return samples, incomplete
 
 
-# --- what others call -----------------------------------------------------------------------------
+# --- whole files ----------------------------------------------------------------------------------
 
 
-def listed(counts: Counter) -> str:
-    """Counts in one line, in the order of first sight.
+def counts_line(counts: Counter) -> str:
+    """Counts in one line, in the order in which the names first occurred.
 
-    >>> listed(Counter(["simple", "hard", "hard"]))
+    >>> counts_line(Counter(["simple", "hard", "hard"]))
     'simple 1, hard 2'
     """
     return ", ".join(f"{name} {n:,}" for name, n in counts.items())
 
 
 @dataclass
-class Reading:
-    """All that one file gave."""
+class ParsedFile:
+    """Everything that was found in one file."""
     file: Path
     samples: list[Sample]
     steps: list[Step]       # the training steps; empty for a file of whole samples
-    wrong: list[str]        # rows that are not as they should be
-    incomplete: list[str]   # questions that lack a step, by name
+    errors: list[str]       # one message for each row that is wrong
+    incomplete: list[str]   # one line for each question that lacks a step, with its name
 
     @property
-    def joined(self) -> str:
-        kinds = listed(Counter(step.kind for step in self.steps))
+    def join_summary(self) -> str:
+        """How many samples were joined from how many steps."""
+        kinds = counts_line(Counter(step.kind for step in self.steps))
         return (f"{len(self.samples):,} samples joined from {len(self.steps):,} steps ({kinds}); "
                 f"{len(self.incomplete)} incomplete")
 
 
 def find_file(task: str, path: Path, split: str) -> tuple[Path, Path | None]:
-    """The file with the rows and the folder with their images (None: text
-    only). It need not exist."""
+    """The file with the rows, and the folder with their images (None for text-only tasks). The file
+    need not exist. Raises DataError for an unknown task or split."""
     if task not in FILES:
         raise DataError(f"unknown task '{task}'; it is one of {', '.join(FILES)}")
     if split not in FILES[task]:
@@ -403,51 +403,52 @@ def find_file(task: str, path: Path, split: str) -> tuple[Path, Path | None]:
     return (inside if inside.exists() else path / rows), None
 
 
-def read(task: str, path: Path | str, split: str) -> Reading:
-    """Everything in the file of a task and split, good or bad. Raises
-    DataError if the file as a whole is unusable."""
+def parse_file(task: str, path: Path | str, split: str) -> ParsedFile:
+    """Everything in the file of a task and split, right or wrong. Raises DataError if the file as a
+    whole cannot be used."""
     file, images = find_file(task, Path(path), split)
     if not file.exists():
-        raise DataError(
-            f"{file}: no such file. The data folder must be laid out as huggingface.co/datasets/" +
-                        ("laolao77/MAT" if images
-                         else "RUC-NLPIR/FlashRAG_datasets (or be one .jsonl file)"))
-    done, wrong, in_steps = [], [], bool(images) and split == "train"
+        layout = ("laolao77/MAT" if images
+                  else "RUC-NLPIR/FlashRAG_datasets (or be one .jsonl file)")
+        raise DataError(f"{file}: no such file. The data folder must be laid out as "
+                        f"huggingface.co/datasets/{layout}")
+    done, errors, in_steps = [], [], bool(images) and split == "train"
     for index, row in enumerate(read_rows(file)):
         where = f"{file}: row {index + 1}"
         try:
             done.append(read_step(row, where) if in_steps
                         else read_sample(task, row, index, images, where))
         except DataError as err:
-            wrong.append(str(err))
+            errors.append(str(err))
     if not in_steps:
-        return Reading(file, done, [], wrong, [])
+        return ParsedFile(file, done, [], errors, [])
     samples, incomplete = join_steps(done, images)
-    return Reading(file, samples, done, wrong, incomplete)
+    return ParsedFile(file, samples, done, errors, incomplete)
 
 
-def sound(reading: Reading) -> Reading:
-    """The same reading; raises DataError for the first row that is wrong."""
-    if reading.wrong:
-        more = (f" (and {len(reading.wrong) - 1} more: --check-data lists them)"
-                if len(reading.wrong) > 1 else "")
-        raise DataError(reading.wrong[0] + more)
-    return reading
+def parse_valid_file(task: str, path: Path | str, split: str) -> ParsedFile:
+    """As `parse_file`, but raises DataError for the first row that is wrong."""
+    parsed = parse_file(task, path, split)
+    if parsed.errors:
+        others = len(parsed.errors) - 1
+        more = f" (and {others} more: --check-data lists them)" if others else ""
+        raise DataError(parsed.errors[0] + more)
+    return parsed
 
 
 def load(task: str, path: Path | str, split: str) -> list[Sample]:
-    """The samples of a task (mat-coding | mat-search | 2wiki | hotpotqa | musique | bamboogle),
-    split train | test.
+    """The samples of a task (mat-coding | mat-search | 2wiki | hotpotqa | musique | bamboogle) and
+    a split (train | test).
 
-    `path` is a MAT folder as on the hub; for text-only tasks a FlashRAG folder or one .jsonl file.
-    No image is opened. Raises DataError for the first row that is wrong. Questions that lack a step
-    are left out: see `join_report`.
+    path: a MAT folder as on the hub; for text-only tasks a FlashRAG folder or one .jsonl file. No
+    image is opened. Questions that lack a step are left out; --check-data lists them. Raises
+    DataError for the first row that is wrong.
     """
-    reading = sound(read(task, path, split))
-    if not reading.samples:
-        raise DataError(
-            f"{reading.file}: no question has all its steps, the first is {reading.incomplete[0]}")
-    return reading.samples
+    parsed = parse_valid_file(task, path, split)
+    if not parsed.samples:
+        raise DataError(f"{parsed.file}: no question has all its steps; the first one is "
+                        f"{parsed.incomplete[0]}")
+    return parsed.samples
 
 
 def load_steps(task: str, path: Path | str) -> list[StepSample]:
@@ -458,54 +459,7 @@ def load_steps(task: str, path: Path | str) -> list[StepSample]:
     """
     images = find_file(task, Path(path), "train")[1]
     if images is None:
-        raise DataError(
-            f"task {task} has no single steps to train on; --protocol episodes trains on its "
-            f"questions")
-    steps = sound(read(task, path, "train")).steps
+        raise DataError(f"task {task} has no single steps to train on; "
+                        "--protocol episodes trains on its questions")
+    steps = parse_valid_file(task, path, "train").steps
     return [step_sample(task, step, number, images) for number, step in enumerate(steps, start=1)]
-
-
-def join_report(task: str, path: Path | str) -> list[str]:
-    """How many training samples were joined from how many steps; then a line
-    for each that could not be, by name."""
-    reading = read(task, path, "train")
-    return [reading.joined, *reading.incomplete]
-
-
-def defects_of(reading: Reading) -> list[str]:
-    """Every defect of a file, one line each: rows, steps, ids, questions, golds, labels, images."""
-    found = list(reading.incomplete)
-    found += [f"id {name}: occurs {n} times" for name,
-              n in Counter(s.id for s in reading.samples).items() if n > 1]
-    for sample in reading.samples:
-        found += [f"id {sample.id}: empty question"] * (not sample.question)
-        found += [f"id {sample.id}: empty gold" for gold in sample.golds if not gold.strip()]
-        found += [f"id {sample.id}: literal \\n in gold {g!r}" for g in sample.golds
-                  if LITERAL_NEWLINE.search(g)]
-        found += [f"id {sample.id}: unknown problem '{name}'" for name in sample.problems
-                  if name not in PROBLEMS]
-    images = dict.fromkeys(sample.image_path for sample in reading.samples if sample.image_path)
-    broken = filter(None, map(image_defect, tqdm(images, desc="checking images", leave=False)))
-    return reading.wrong + [f"{reading.file}: {line}" for line in found] + list(broken)
-
-
-def check(task: str, path: Path | str) -> tuple[list[str], list[str]]:
-    """(report, defects), lines to print: what the task's files hold, and everything that is wrong
-    with them or their images. Raises DataError if none of the files is there, or one is not usable
-    at all."""
-    files = {find_file(task, Path(path), split)[0]: split for split in FILES.get(task, ["test"])}
-    report, defects = [], []
-    # one .jsonl file stands for both splits and is checked once
-    for file, split in files.items():
-        if not file.exists() and any(other.exists() for other in files):
-            report.append(f"{file}: not there ({split})")
-            continue
-        reading = read(task, path, split)
-        report.append(f"{file}: {len(reading.samples):,} samples ({split})")
-        report += [f"  {reading.joined}"] if reading.steps else []
-        report += [f"  {name}: {listed(counts)}" for name, counts in (
-            ("split", Counter(s.split for s in reading.samples if split == "test" and s.split)),
-            ("problems", Counter("+".join(s.problems) for s in reading.samples if s.problems)))
-                   if counts]
-        defects += defects_of(reading)
-    return report, defects

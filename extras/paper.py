@@ -10,7 +10,7 @@ user message
 
 and a program's image replaces the one before. In training there is one turn: the row's stored turns
 of the teacher stand where the model's own would be (`mat.StepSample`), no tool runs, and
-`rewards.step_reward` pays the turn. The text of earlier turns is tokenised again with every
+`step_reward` pays the turn. The text of earlier turns is tokenised again with every
 message; the ids of the newest turn are the sampled ones, and training, which has no other, keeps
 all laws of rollout.py.
 
@@ -50,6 +50,8 @@ from PIL import Image
 
 from data.mat import Sample, StepSample
 from policy import ImageInput, Policy
+from rewards import (Reward, Scoring, f1, lexical_similarity, problem_reward, query_reward,
+                     score_answer)
 from rollout import REPLY_FAILED, Clock, Episode, Limits, Rows, Turn, add_turn, decode_turn, information, observe
 from tools import Action, Tools
 
@@ -216,3 +218,60 @@ def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1,
         with clock.phase("tools"):
             act(live, tools, crop_box, code_errors)
     return episodes
+
+
+# --- the reward of one step -----------------------------------------------------------------------
+
+CODE_ACCURACY = 0.9             # for any program, because no program runs in training
+
+
+def step_accuracy(action, step: StepSample, scorer: str = "official",
+                  similarity=lexical_similarity) -> float:
+    """The paper's R_acc as the released trainer computes it, in [0, 1]. An action of another kind
+    than the teacher's is worth 0.
+
+    answer   official: set F1 with the rules for English and without the evaluation's "exact match
+             makes F1 one", so that a right "A" (an article) is worth 0 and a repeated word costs;
+             repaired: the F1 of `score_answer`
+    code     0.9, whatever the program does
+    problem  `problem_reward`, with half credit for the rotation of a double
+    search   similarity to the teacher's query, 0 below the threshold
+    """
+    if action.kind != step.kind:
+        return 0.0
+    if step.kind == "code":
+        return CODE_ACCURACY
+    if step.kind == "problem":
+        return problem_reward(action.value, step.problems, rotation_credit=True)
+    if step.kind == "search":
+        return query_reward([action.value], step.queries, similarity)
+    if scorer == "official":
+        return max(f1(action.value, gold, chinese=False) for gold in step.golds)
+    return score_answer(action.value, step.golds, scorer)[0]
+
+
+def step_reward(episode, scoring: Scoring | None = None, similarity=lexical_similarity) -> Reward:
+    """The reward of an episode of one turn for a StepSample: accuracy plus format, at most 2.
+
+    The accuracy has the weight "answer", the format the weight "format". The parts are "accuracy"
+    and "format"; for an answer step also "answer" (the same accuracy) and "em", for a problem step
+    also "problem". The format counts if the turn is strictly a thought and an action of the kind
+    that the row asks for (MAT-Search: a search or an answer, either passes).
+
+    Three quirks of the released code are absent. A text without any tag earns nothing (there: 0.9
+    on a code row, its F1 on an answer row). A turn that says a tag twice or was cut off earns
+    nothing. An answer may have several lines. No text is replaced by the teacher's before it is
+    judged (B1), and no number is looked for in the whole text (B5).
+    """
+    scoring, step, turn = scoring or Scoring(), episode.sample, episode.turns[-1]
+    accuracy = (step_accuracy(turn.action, step, scoring.scorer, similarity) if turn.finished
+                else 0.0)
+    strict = float(turn.finished and turn.action.strict and turn.action.kind in step.formats)
+    parts = {"accuracy": accuracy, "format": strict}
+    if step.kind == "answer":
+        em = score_answer(episode.answer, step.golds, scoring.scorer, chinese=False)[1]
+        parts |= {"answer": accuracy, "em": em}
+    if step.kind == "problem":
+        parts["problem"] = accuracy
+    weight = scoring.weight
+    return Reward(weight.get("answer", 1.0) * accuracy + weight.get("format", 1.0) * strict, parts)

@@ -150,7 +150,7 @@ MUTANTS = [
            "golds = [golds] if isinstance(golds, str) else golds[:1]",
            ("test_rewards.py::test_the_best_gold_counts_and_no_answer_is_zero",)),
     Mutant("any_answer_is_paid", "an answer is paid whether it is right or not", "rewards.py",
-           'accuracy = em if answer_metric == "em" else best_f1',
+           'accuracy = em if scoring.answer_metric == "em" else best_f1',
            "accuracy = float(episode.answer is not None)",
            ("test_rewards.py::test_the_parts_by_hand",)),
     Mutant("format_of_the_last_turn", "the format reward looks at the last turn alone",
@@ -160,10 +160,9 @@ MUTANTS = [
            ("test_rewards.py::test_the_parts_by_hand",)),
     Mutant("guessing_on_is_paid", "any of the diagnoses may be right, not only the first",
            "rewards.py",
-           'stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"), '
-           'None)',
-           'stated = next((turn.action.value for turn in turns if turn.action.kind == "problem"\n'
-           '                   and set(turn.action.value) == set(episode.sample.problems)), None)',
+           'if turn.action.kind == "problem"), None)',
+           'if turn.action.kind == "problem"\n'
+           '                       and set(turn.action.value) == set(sample.problems)), None)',
            ("test_rewards.py::test_only_the_first_diagnosis_counts_so_guessing_on_earns_nothing",)),
     Mutant("labels_in_order", "the problem labels must come in the gold's order", "rewards.py",
            "if set(stated) == set(gold):", "if tuple(stated) == tuple(gold):",

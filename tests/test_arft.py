@@ -196,8 +196,8 @@ def test_a_bad_image_in_the_middle_costs_nothing_that_was_learned(tmp_path, monk
 def test_rewards_that_are_not_finite_stop_the_step_with_the_sample_s_name(tmp_path, monkeypatch,
         capsys):
     true = arft.episode_reward
-    monkeypatch.setattr(arft, "episode_reward", lambda e,
-                        **k: dataclasses.replace(true(e, **k), total=float("nan")))
+    monkeypatch.setattr(arft, "episode_reward", lambda *a,
+                        **k: dataclasses.replace(true(*a, **k), total=float("nan")))
     code, _ = run(tmp_path, *SHORT)
     assert code == 2 and "sample " in capsys.readouterr().err
 
@@ -212,8 +212,8 @@ def test_model_text_in_the_report_is_escaped(tmp_path):
 
 def test_a_step_that_teaches_nothing_has_no_statistics_and_changes_nothing(tmp_path, monkeypatch):
     true = arft.episode_reward
-    monkeypatch.setattr(arft, "episode_reward", lambda e,
-                        **k: dataclasses.replace(true(e, **k), total=1.0))
+    monkeypatch.setattr(arft, "episode_reward", lambda *a,
+                        **k: dataclasses.replace(true(*a, **k), total=1.0))
     code, out = run(tmp_path, *SHORT)
     assert code == 0
     assert all(m["zero_variance"] == 1 and m["kl"] is None and m["updates"] is None

@@ -1,5 +1,5 @@
-"""data/mat.py: how files written by others become samples, and what
-happens when they are not as they should be."""
+"""data/mat.py: how files that others wrote become samples, and what happens when a file is wrong.
+extras/files.py: the list of everything that is wrong in them."""
 import json
 import random
 import time
@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data import mat
-from data.mat import DataError, Sample, check, join_report, load, read_image
+from data.mat import DataError, Sample, load, read_image
+from extras.files import check, image_defect, join_report
 
 REAL = Path(__file__).parents[2] / "shared" / "mat-sample" / "MAT"
 real_files = pytest.mark.skipif(not REAL.exists(),
@@ -66,15 +67,14 @@ def test_a_search_row_has_one_gold_and_its_split_by_place(tmp_path):
     write_mat(tmp_path, "mat-search", "test", [{**SEARCH, "id": 75}, SEARCH])
     first, second = load("mat-search", tmp_path, "test")
     assert (first.golds, first.problems, first.image_path.name) == (("Vermeer",), (), "1.jpg")
-    # by the id: the first 75 of 150 are simple
-    assert (first.split, second.split) == ("simple", "hard")
+    assert (first.split, second.split) == ("simple", "hard")    # the first 75 of 150 are simple
 
 
 def test_the_split_is_the_rows_own_word_before_its_place():
     assert mat.split_of("mat-coding", {"id": 200, "split": "simple"}, 199) == "simple"
-    assert [mat.split_of("mat-coding", {"id": i}, 0) for i in (1, 70, 71)] == ["simple", "simple",
-            "hard"]
-    assert [mat.split_of("mat-coding", {}, i) for i in (0, 69, 70)] == ["simple", "simple", "hard"]
+    for place, split in ((1, "simple"), (70, "simple"), (71, "hard")):
+        assert mat.split_of("mat-coding", {"id": place}, 0) == split
+        assert mat.split_of("mat-coding", {}, place - 1) == split
 
 
 @real_files
@@ -99,9 +99,8 @@ def test_the_published_benchmark_rows():
 def test_three_steps_become_one_sample(tmp_path):
     write_mat(tmp_path, "mat-coding", "train", steps())
     sample, = load("mat-coding", tmp_path, "train")
-    assert (sample.id, sample.question, sample.golds, sample.problems) == ("a", "What year?",
-            ("1999",), ("dark",))
-    assert sample.split == "train"
+    assert (sample.id, sample.question, sample.split) == ("a", "What year?", "train")
+    assert (sample.golds, sample.problems) == (("1999",), ("dark",))
     assert sample.image_path.name == "a_proc.png"       # though the answer step names a_ori.png
 
 
@@ -112,8 +111,8 @@ def test_doubles_none_and_crops(tmp_path):
     write_mat(tmp_path, "mat-coding", "train", rows)
     double, none, crop = load("mat-coding", tmp_path, "train")
     assert double.problems == ("rotation90", "dark")
-    # joined without a code step
-    assert none.problems == ("none",) and none.image_path.name == "c_proc.png"
+    assert none.problems == ("none",)                   # joined without a code step
+    assert none.image_path.name == "c_proc.png"
     assert crop.image_path.name == "d_ori.png"
 
 
@@ -140,17 +139,14 @@ def test_what_cannot_be_joined_is_left_out_and_named(tmp_path):
 
 def test_search_steps_join_with_their_queries(tmp_path):
     chain = "<query> Where is it? </query>"
-    rows = [{"image_path": "1.jpg", "problem": chain,
-             "solution": "<search> painter of it </search>"},
-            {"image_path": "1.jpg", "problem": chain
-             + "<search> painter of it </search><information> Vermeer",
-             "solution": "<search> Vermeer museum </search>"},
-            {"image_path": "1.jpg", "problem": chain + " and so on",
-             "solution": "<answer> Delft </answer>"}]
+    longer = chain + "<search> painter of it </search><information> Vermeer"
+    rows = [{"image_path": "1.jpg", "problem": text, "solution": solution} for text, solution in
+            ((chain, "<search> painter of it </search>"),
+             (longer, "<search> Vermeer museum </search>"),
+             (chain + " and so on", "<answer> Delft </answer>"))]
     write_mat(tmp_path, "mat-search", "train", rows)
     sample, = load("mat-search", tmp_path, "train")
-    assert (sample.question == "Where is it?" and sample.golds == ("Delft",)
-            and sample.problems == ())
+    assert (sample.question, sample.golds, sample.problems) == ("Where is it?", ("Delft",), ())
     assert sample.queries == ("painter of it", "Vermeer museum")
 
 
@@ -163,8 +159,8 @@ def test_a_file_in_which_nothing_joins_is_an_error(tmp_path):
 @real_files
 def test_the_published_training_rows():
     rotated, clean = load("mat-coding", REAL, "train")
-    assert (rotated.id, rotated.problems, rotated.golds) == ("rotation180_1", ("rotation180",),
-                                                             ("1 Can (473mL)",))
+    assert (rotated.id, rotated.problems) == ("rotation180_1", ("rotation180",))
+    assert rotated.golds == ("1 Can (473mL)",)
     assert (clean.id, clean.problems, clean.golds) == ("none_2", ("none",), ("Uncommon Valor",))
     report, = join_report("mat-coding", REAL)
     assert report == "2 samples joined from 5 steps (problem 2, code 1, answer 2); 0 incomplete"
@@ -182,8 +178,7 @@ def test_flashrag_rows_from_the_root_from_the_folder_and_from_the_file(tmp_path)
     for path in (tmp_path, file.parent, file):
         first, second = load("2wiki", path, "test")
         assert first == Sample(id="dev_0", question="Who?", golds=("Ann", "Anne"), image_path=None)
-        # JSON allows it; str.splitlines would break the line there
-        assert second.question == "a\u2028b"
+        assert second.question == "a\u2028b"    # JSON allows U+2028; str.splitlines breaks there
     with pytest.raises(DataError, match="text only"):
         first.open_image()
 
@@ -199,7 +194,7 @@ def test_as_many_questions_as_2wiki_load_in_under_two_seconds(tmp_path):
     assert time.perf_counter() - start < 2
 
 
-# --- what is wrong is said in one or two lines, with file, row and field --------------------------
+# --- a message names file, row and field in one or two lines --------------------------------------
 
 
 @pytest.mark.parametrize("change, words", [
@@ -228,10 +223,9 @@ def test_a_missing_field_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[{", "line 1.*not JSON"), ('[\n{"id": 1},\n', "line 3.*not JSON"), ("", "at least one"),
-    ("[]", "at least one"),
-    ('{"id": 1}', "list of at least one object"), ("[3]", "row 1.*object"),
-    ('[{"id": 1}, null]', "row 2.*object")])
+    ("[{", "line 1.*not JSON"), ('[\n{"id": 1},\n', "line 3.*not JSON"),
+    ("", "at least one"), ("[]", "at least one"), ('{"id": 1}', "list of at least one object"),
+    ("[3]", "row 1.*object"), ('[{"id": 1}, null]', "row 2.*object")])
 def test_a_wrong_file_is_named(tmp_path, text, words):
     write_mat(tmp_path, "mat-coding", "test", text)
     with pytest.raises(DataError, match="(?s)MAT-Coding.json.*" + words):
@@ -248,7 +242,7 @@ def test_bytes_that_are_no_text_and_byte_order_marks(tmp_path):
     (tmp_path / "dev.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read"):
         load("musique", tmp_path, "test")
-    # some editors add one
+    # some editors add a byte order mark
     (tmp_path / "dev.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(QA).encode())
     assert len(load("musique", tmp_path, "test")) == 1
 
@@ -285,8 +279,8 @@ def test_transparency_becomes_white_whatever_the_name_says(tmp_path):
     image.putpixel((1, 0), (10, 20, 30, 255))
     image.save(tmp_path / "png_inside.jpg", format="PNG")
     image = read_image(tmp_path / "png_inside.jpg")
-    assert image.mode == "RGB" and [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255),
-            (10, 20, 30)]
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([9, 9, 9])
     palette.save(tmp_path / "palette.png", transparency=0)
@@ -305,7 +299,7 @@ def test_an_image_of_another_format_is_refused(tmp_path):
             read_image(tmp_path / "page.png")
 
 
-# above our limit; above Pillow's own
+# The first size is above our limit, the second above Pillow's own.
 @pytest.mark.parametrize("size", [(9000, 8000), (14_000, 13_000)])
 def test_a_huge_image_is_refused_before_its_pixels_are_read(tmp_path, size):
     Image.new("1", size).save(tmp_path / "huge.png")
@@ -313,7 +307,7 @@ def test_a_huge_image_is_refused_before_its_pixels_are_read(tmp_path, size):
         read_image(tmp_path / "huge.png")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")      # Pillow warns of some damage, too
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")      # Pillow also warns of some damage
 def test_no_damage_to_an_image_ends_in_anything_but_a_data_error(tmp_path):
     rng, path = random.Random(0), tmp_path / "broken.jpg"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
@@ -329,15 +323,15 @@ def test_no_damage_to_an_image_ends_in_anything_but_a_data_error(tmp_path):
         except DataError as error:
             refused += 1
             assert str(path) in str(error)
-        assert mat.image_defect(path) is None or str(path) in mat.image_defect(path)
+        assert image_defect(path) is None or str(path) in image_defect(path)
     assert refused > 200
 
 
-def test_a_png_whose_parts_are_sound_but_that_holds_no_pixels(tmp_path):
+def test_a_png_whose_checksums_are_right_but_that_holds_no_pixels(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "empty.png")
     data = (tmp_path / "empty.png").read_bytes()
     (tmp_path / "empty.png").write_bytes(data.replace(b"IDAT", b"xDAT"))
-    assert "empty.png: not a readable image" in mat.image_defect(tmp_path / "empty.png")
+    assert "empty.png: not a readable image" in image_defect(tmp_path / "empty.png")
 
 
 # --- check: everything that is wrong, at once -----------------------------------------------------
@@ -353,13 +347,13 @@ def test_check_counts_and_lists_every_defect(tmp_path):
     (tmp_path / "MAT-Benchmark/MAT-Coding-image/bad.png").write_bytes(b"no image")
     report, defects = check("mat-coding", tmp_path)
     assert any("MAT-Coding.json: 6 samples (test)" in line for line in report)
-    assert ("  split: hard 5, simple 1" in report
-            and "  problems: rotation90+dark 5, sepia 1" in report)
+    assert "  split: hard 5, simple 1" in report
+    assert "  problems: rotation90+dark 5, sepia 1" in report
     assert any("not there (train)" in line for line in report)
     for words in ("row 7: field 'question' is missing", "id 71: occurs 2 times",
-                  "id 71: literal \\n in gold",
-                  "id 3: empty gold", "gone.png: no such image", "bad.png: not a readable image",
-                  "id 6: unknown problem 'sepia'", "id 6: empty question"):
+                  "id 71: literal \\n in gold", "id 3: empty gold", "gone.png: no such image",
+                  "bad.png: not a readable image", "id 6: unknown problem 'sepia'",
+                  "id 6: empty question"):
         assert sum(words in line for line in defects) == 1, words
     assert len(defects) == 8
 
@@ -372,12 +366,12 @@ def test_check_finds_damage_inside_a_png_and_names_steps_that_do_not_join(tmp_pa
     image.write_bytes(data)
     report, defects = check("mat-coding", tmp_path)
     assert any("1 samples joined from 4 steps" in line for line in report)
-    assert (len(defects) == 2 and "b (" in defects[0]
-            and "a_proc.png: not a readable image" in defects[1])
+    unjoined, unreadable = defects
+    assert "b (" in unjoined and "a_proc.png: not a readable image" in unreadable
 
 
 def test_latex_in_a_gold_is_no_line_break():
-    # \nu is a Greek letter, \nunits is not
+    # LaTeX's \nu is a Greek letter, \nunits is not
     lines = ["FOOD\\nHALL", "size\\n3", "a\\nbar", "no\\nunits"]
     latex = ["\\neq", "x \\ne y", "\\nu_1", "\\nabla f", "\\not\\in", "\\notin", "\\newline",
              "real\nbreak", "\\rm{n}"]
@@ -389,8 +383,8 @@ def test_check_of_text_only_files_counts_one_file_once(tmp_path):
     (tmp_path / "dev.jsonl").write_text(json.dumps(QA) + "\n"
                                         + json.dumps({**QA, "golden_answers": [""]}) + "\n")
     report, defects = check("2wiki", tmp_path / "dev.jsonl")
-    assert [line for line in report
-            if "samples" in line] == [f"{tmp_path / 'dev.jsonl'}: 2 samples (test)"]
+    found = [line for line in report if "samples" in line]
+    assert found == [f"{tmp_path / 'dev.jsonl'}: 2 samples (test)"]
     assert len(defects) == 2            # an id twice and an empty gold
 
 

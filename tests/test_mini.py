@@ -1,4 +1,5 @@
-"""MAT-mini: drawn signs, damages that hide and programs that restore, files as MAT has them."""
+"""MAT-mini: signs are drawn, damages hide the number, programs restore it, and the files are laid
+out as MAT's are."""
 
 import json
 from collections import Counter
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from data import mat, mini
+from extras import files
 
 
 def distance(a: Image.Image, b: Image.Image) -> float:
@@ -36,8 +38,8 @@ def test_counts_and_splits_follow_mat(folder):
     simple = {sample.problems for sample in test if sample.split == "simple"}
     assert simple == {(p,) for p in mini.SINGLES}
     assert {s.problems for s in test if s.split == "hard"} == {("crop",), *mini.DOUBLES}
-    assert {s.open_image().size for s in test if s.problems == ("crop",
-            )} == {(224, 224)}, "shown: the whole board"
+    crops = [sample for sample in test if sample.problems == ("crop",)]
+    assert {crop.open_image().size for crop in crops} == {(224, 224)}, "the whole board is shown"
     assert set(mat.PROBLEMS) == {*mini.SINGLES, "crop"}
     train = mat.load("mat-coding", folder, "train")
     assert Counter(s.problems for s in train) == {**{(p,): 50 for p in (*mini.SINGLES, "crop")},
@@ -45,13 +47,13 @@ def test_counts_and_splits_follow_mat(folder):
 
 
 def test_the_checker_of_mat_finds_no_defect(folder):
-    _, defects = mat.check("mat-coding", folder)
+    _, defects = files.check("mat-coding", folder)
     assert defects == []
 
 
 def test_training_rows_are_single_steps_with_the_gold_program(folder, sandbox):
-    """The stored gold program of a row, run in the sandbox on the row's
-    image, restores the stored clean image."""
+    """The gold program of a row runs in the sandbox on the row's image and gives an image of the
+    size of one sign."""
     home = folder / "MAT-Training"
     rows = json.loads((home / "rft_agent_code_1_2k.json").read_text())
     assert Counter(row["type"] for row in rows) == {"pre_problem": 600, "pre_code": 550,
@@ -62,21 +64,21 @@ def test_training_rows_are_single_steps_with_the_gold_program(folder, sandbox):
         assert done.error is None and done.image.size == (mini.SIDE, mini.SIDE)
 
 
-@pytest.mark.parametrize("problems",
-                         [*((p,) for p in mini.SINGLES if p not in ("none", "blur", "noise")),
-                                      ("rotation90", "dark"), ("rotation180", "overexposure")])
+@pytest.mark.parametrize("problems", [
+    *((p,) for p in mini.SINGLES if p not in ("none", "blur", "noise")),
+    ("rotation90", "dark"), ("rotation180", "overexposure")])
 def test_every_wording_of_a_repair_restores_the_picture(problems, sandbox):
-    """Rotations and brightness can be undone almost exactly; blur and noise
-    are judged by reading (data/tiny)."""
+    """A program can undo rotations and changes of brightness almost exactly. Repairs of blur and
+    noise are judged by whether the model can read the number (data/tiny/README.md)."""
     for seed in range(4):
         rng = np.random.default_rng(seed)
         sample = mini.make_sample(problems, mini.texts("test"), rng)
         done = sandbox.run(mini.program(problems, sample["box"], rng), sample["shown"])
-        assert distance(done.image, sample["clean"]) < 14 < distance(sample["shown"],
-                                                                     sample["clean"])
+        damaged = distance(sample["shown"], sample["clean"])
+        assert distance(done.image, sample["clean"]) < 14 < damaged
 
 
-def test_a_crop_cuts_out_the_asked_sign(sandbox):
+def test_a_crop_cuts_out_the_sign_of_the_question(sandbox):
     rng = np.random.default_rng(0)
     sample = mini.make_sample(("crop",), mini.texts("test"), rng)
     assert str(list(sample["box"])) in sample["question"] and sample["shown"].size == (224, 224)
@@ -95,8 +97,8 @@ def test_rotation90_is_undone_clockwise():
 def test_the_same_seed_draws_the_same_files(folder, tmp_path):
     again, other = mini.write(tmp_path / "again"), mini.write(tmp_path / "other", seed=1)
     name = "MAT-Benchmark/MAT-Coding-image/noise_3_proc.png"
-    assert ((again / name).read_bytes()
-            == (folder / name).read_bytes() != (other / name).read_bytes())
+    drawn = (folder / name).read_bytes()
+    assert (again / name).read_bytes() == drawn != (other / name).read_bytes()
 
 
 def test_a_half_drawn_folder_is_never_left(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
-"""--plan: counts against the published numbers, memory against tensors
-that were counted one by one, the targets."""
+"""--plan: the counts equal the published numbers, the memory equals that of real tensors, counted
+one by one, and the targets hold."""
 
 import dataclasses
 import json
@@ -26,14 +26,15 @@ def completed(**changes) -> Config:
 
 
 def planned(config):
+    """(shapes, memory by phase) of a configuration."""
     shape = plan.shapes_of(plan.model_config(config.model), config)
-    return shape, plan.phases(shape, config)
+    return shape, plan.memory_by_phase(shape, config)
 
 
 # --- shapes ---------------------------------------------------------------------------------------
 
 
-# weights as the hub's pages say; keys and values by hand, below
+# The weights are those of the hub's pages; keys and values are computed by hand.
 @pytest.mark.parametrize("name, total, kv", [
     (M3, 3_754_622_976, 2 * 36 * 2 * 128 * 2), (M7, 8_292_166_656, 2 * 28 * 4 * 128 * 2),
     ("Qwen/Qwen2.5-VL-32B-Instruct", 33_452_718_336, 2 * 64 * 8 * 128 * 2),
@@ -41,31 +42,31 @@ def planned(config):
 def test_the_published_models_are_counted_exactly(name, total, kv):
     """kv: keys and values, layers, key-value heads, 128 numbers each, 2 bytes."""
     shape = plan.shapes_of(plan.model_config(name), completed())
-    assert (shape.total, shape.kv) == (total, kv)
+    assert (shape.total, shape.kv_bytes) == (total, kv)
 
 
-def test_adapters_are_counted_as_they_are_made(fresh_policy):
+def test_adapters_are_counted_as_they_are_made(fresh_policy, monkeypatch):
     fresh_policy.add_lora(8, 8.0, "q_proj,down_proj")
-    config = Config(lora_rank=8, lora_targets="q_proj,down_proj")
-    shape = plan.shapes_of(plan.model_config(str(ROOT / "data" / "tiny")), config)
+    monkeypatch.setattr(plan, "LORA_TARGETS", "q_proj,down_proj")
+    shape = plan.shapes_of(plan.model_config(str(ROOT / "data" / "tiny")), Config(lora_rank=8))
     assert shape.adapters == sum(a.A.numel() + a.B.numel() for a in fresh_policy.adapters.values())
     assert shape.total == sum(w.numel() for w in fresh_policy.model.parameters()) - shape.adapters
 
 
 def test_the_planned_episode_by_hand():
-    """720 / 28 = 25.7: 26 x 26 = 676 image tokens of 4 patches; three turns
-    of 256; a text reply and an image."""
+    """720 / 28 = 25.7, so an image is 26 x 26 = 676 image tokens of 4 patches. Three turns of 256
+    tokens; a reply of text alone, and one with an image."""
     episode = plan.lengths_of(plan.shapes_of(plan.model_config(M3), completed()), completed())
     assert (episode.prompt, episode.sampled, episode.observed) == (260 + 676, 3 * 256,
                                                                    24 + 24 + 676)
-    assert (episode.images, episode.patches, episode.whole) == (2, 2704, 2428)
+    assert (episode.images, episode.patches, episode.total) == (2, 2704, 2428)
 
 
-# --- memory against tensors that were counted -----------------------------------------------------
+# --- memory, compared with real tensors -----------------------------------------------------------
 
 
 class Live(TorchDispatchMode):
-    """The bytes of all tensors made inside that are alive, and their peak."""
+    """Counts the bytes of the tensors that are made inside and still alive, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -91,12 +92,11 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture(params=[0, 8], ids=["full", "lora"])
 def small(request):
-    """A model in the proportions of 3B, small enough to run: (language
-    model, its shapes, options)."""
+    """A model in the proportions of 3B, small enough to run: (language model, shapes, options)."""
     config = Qwen2_5_VLConfig(
         text_config={"hidden_size": 256, "intermediate_size": 1376, "num_hidden_layers": 2,
-                     "num_attention_heads": 2,
-                     "num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
+                     "num_attention_heads": 2, "num_key_value_heads": 1,
+                     "vocab_size": 512, "tie_word_embeddings": True},
         vision_config={"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
                        "out_hidden_size": 256},
         tie_word_embeddings=True)
@@ -117,13 +117,12 @@ def small(request):
 def forward(model, width, tokens, cache=None):
     x = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=torch.is_grad_enabled())
     return model(inputs_embeds=x, position_ids=torch.arange(tokens).expand(3, 1, -1),
-                 past_key_values=cache,
-                 use_cache=cache is not None).last_hidden_state
+                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 def test_what_backward_keeps_of_a_block_is_what_the_plan_says(small):
-    """Saved tensors by storage, weights and their copies left out; the constant
-    part falls out of the difference of two lengths."""
+    """We count the saved tensors by storage, without weights and their copies. The difference of
+    two lengths removes the constant part."""
     model, shape, options = small
     weights = {w.untyped_storage()._cdata for w in model.parameters()}
 
@@ -140,7 +139,7 @@ def test_what_backward_keeps_of_a_block_is_what_the_plan_says(small):
         return sum(kept.values()), out
     (more, _a), (less, _b) = saved(48), saved(32)
     measured = (more - less) / 16 / shape.layers
-    assert plan.saved_width(shape, options) == pytest.approx(measured, rel=0.05)
+    assert plan.saved_bytes(shape, options) == pytest.approx(measured, rel=0.05)
 
 
 def test_what_a_forward_pass_takes_is_what_the_plan_says(small):
@@ -151,8 +150,8 @@ def test_what_a_forward_pass_takes_is_what_the_plan_says(small):
         with torch.no_grad(), Live() as live:
             forward(model, shape.width, tokens, cache)
         return live.peak
-    measured = (taken(320) - taken(256)) / 64 - shape.kv
-    assert plan.forward_width(shape, options) == pytest.approx(measured, rel=0.2)
+    measured = (taken(320) - taken(256)) / 64 - shape.kv_bytes
+    assert plan.forward_bytes(shape, options) == pytest.approx(measured, rel=0.2)
 
 
 # --- the targets ----------------------------------------------------------------------------------
@@ -163,24 +162,23 @@ def test_what_a_forward_pass_takes_is_what_the_plan_says(small):
     (M7, {"lora_rank": 16, "rollout_batch": 16}, 28e9),
     (M3, {"lora_rank": 0, "rollout_batch": 32}, 80e9)], ids=["LoRA 3B", "LoRA 7B", "full 3B"])
 def test_the_targets_hold(name, changes, limit):
-    """Group of 8, three turns, 720 x 720 images, everything else as it is by default."""
-    _, table = planned(completed(model=name, **changes))
-    assert plan.peak(table) < limit, "\n".join(plan.table_of(table))
+    """Groups of 8, three turns, images of 720 x 720, and the defaults for everything else."""
+    _, memory = planned(completed(model=name, **changes))
+    assert plan.peak_bytes(memory) < limit, "\n".join(plan.table_lines(memory))
 
 
 def test_full_training_of_3b_by_hand():
-    """bf16 weights 2 bytes, master 4, moments 8, gradient 2 (not for the
-    frozen tower), reference 2."""
-    shape, table = planned(completed(lora_rank=0))
+    """A weight takes 2 bytes in bfloat16 and 2 in the reference; a trained one (the tower is frozen)
+    also 4 for its master, 8 for its moments and 2 for its gradient."""
+    update = planned(completed(lora_rank=0))[1]["update"]
     trained = 3_754_622_976 - 668_684_288
-    assert table["update"]["weights"] == table["update"]["reference"] == 2 * 3_754_622_976
-    assert (table["update"]["master weights"], table["update"]["moments"],
-            table["update"]["gradients"]) == (
-        4 * trained, 8 * trained, 2 * trained)
-    _, without = planned(completed(lora_rank=0, beta=0.0))
-    assert without["update"]["reference"] == 0
-    _, lora = planned(completed(lora_rank=16))
-    assert "reference" not in lora["update"] and lora["update"]["moments"] == 8 * 29_933_568
+    assert update["weights"] == update["reference"] == 2 * 3_754_622_976
+    assert update["master weights"] == 4 * trained
+    assert (update["moments"], update["gradients"]) == (8 * trained, 2 * trained)
+    without_kl = planned(completed(lora_rank=0, beta=0.0))[1]["update"]
+    assert without_kl["reference"] == 0
+    lora = planned(completed(lora_rank=16))[1]["update"]
+    assert "reference" not in lora and lora["moments"] == 8 * 29_933_568
 
 
 def test_the_rollout_batch_is_what_fits():
@@ -188,76 +186,59 @@ def test_the_rollout_batch_is_what_fits():
     assert completed(plan_device="RTX4090").rollout_batch < 128
     small = completed(model=M7, plan_device="RTX4090")
     assert small.rollout_batch == 8 and completed(eval_batch=3).eval_batch == 3
-    _, table = planned(completed(model=M3, plan_device="RTX4090"))
-    assert sum(table["rollout"].values()) < 24e9
+    _, memory = planned(completed(model=M3, plan_device="RTX4090"))
+    assert plan.phase_bytes(memory, "rollout") < 24e9
 
 
 # --- what is printed ------------------------------------------------------------------------------
 
 
-def test_plan_prints_peak_and_seconds_and_reads_no_weights(capsys, monkeypatch, tmp_path):
+def test_plan_prints_the_peak_and_reads_no_weights(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(arft, "load", None)
     monkeypatch.chdir(tmp_path)
     assert main(["--task", "mat-coding", "--model", M7, "--plan", "--plan-device", "RTX4090",
                  "--lora-rank", "0"]) == 0
     said = capsys.readouterr().out
     for word in ("8,292,166,656 weights", "keys and values", "master weights", "activations",
-                 "peak:", "s a step on one RTX4090",
-                 "This does not fit. In the", "--lora-rank 16", "saves"):
+                 "peak:", "RTX4090 has 24 GB", "This does not fit. In the", "--lora-rank 16",
+                 "saves"):
         assert word in said, word
     assert list(tmp_path.iterdir()) == []
     assert main(["--plan", "--model", "someone/else"]) == 2
     assert "someone/else" in capsys.readouterr().err
 
 
-def test_faster_devices_and_less_work_take_less_time():
-    shape, _ = planned(completed())
-    h200, card = (sum(plan.seconds(shape, completed(rollout_batch=32), name).values())
-                  for name in ("H200", "RTX4090"))
-    assert h200 < card / 2
-    one, two = (plan.seconds(shape, completed(inner_epochs=n), "H200")["update"] for n in (1, 2))
-    assert one < two <= 2 * one
-    assert plan.seconds(shape, completed(beta=0.0), "H200")["reference"] == 0
-
-
 # --- out of memory --------------------------------------------------------------------------------
 
 
-def test_out_of_memory_ends_with_what_to_lower(tmp_path, monkeypatch, capsys):
-    """Raised in the update of a real run; what is saved is the difference of two plans."""
+def test_out_of_memory_ends_with_the_options_to_lower(tmp_path, monkeypatch, capsys):
+    """The error is raised in the update of a real run. The savings are differences of two plans."""
     def update(*arguments, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(arft.grpo, "update", update)
     true = plan.model_config
-    # the small model, planned as if it were 3B
+    # The small model is planned as if it were 3B.
     monkeypatch.setattr(plan, "model_config", lambda name: true(M3))
-    code = main(["--steps", "1", "--samples-per-step", "2", "--group-size", "4", "--eval-samples",
-                 "2", "--max-turns", "2",
-                 "--flat-groups", "keep", "--micro-batch-tokens", "8192", "--out",
-                 str(tmp_path / "run")])
+    code = main(["--steps", "1", "--samples-per-step", "2", "--group-size", "4",
+                 "--eval-samples", "2", "--max-turns", "2", "--flat-groups", "keep",
+                 "--micro-batch-tokens", "8192", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert code == 1 and "the GPU's memory is full (update)" in said and "Traceback" not in said
-    config = Config(**{k: v for k,
-                       v in json.loads((tmp_path / "run" / "config.json").read_text()).items()
-                       if k in Config.__dataclass_fields__})
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in kept.items() if name in names})
     less = dataclasses.replace(config, micro_batch_tokens=config.micro_batch_tokens // 2)
-    (shape, now), (_, then) = planned_raw(config), planned_raw(less)
-    saved = sum(now["update"].values()) - sum(then["update"].values())
-    assert (f"--micro-batch-tokens {less.micro_batch_tokens}" in said
-            and f"saves {saved / 1e9:.1f} GB" in said)
+    now, then = (plan.phase_bytes(planned(options)[1], "update") for options in (config, less))
+    assert f"--micro-batch-tokens {less.micro_batch_tokens}" in said
+    assert f"saves {(now - then) / 1e9:.1f} GB" in said
 
 
-def planned_raw(config):
-    shape = plan.shapes_of(plan.model_config(M3), config)
-    return shape, plan.phases(shape, config)
-
-
-def test_the_cures_belong_to_the_phase():
+def test_the_savings_belong_to_the_phase():
     config = completed(lora_rank=0)
     shape, _ = planned(config)
-    rollout, update = ("\n".join(plan.cures(shape, config, phase))
+    rollout, update = ("\n".join(plan.savings(shape, config, phase))
                        for phase in ("rollout", "update"))
     assert "--rollout-batch 64" in rollout and "--micro-batch-tokens" not in rollout
     assert "--rollout-batch" not in update and "--lora-rank 16" in update and "--beta 0" in update
-    savings = [float(line.split()[-2]) for line in update.splitlines()]
-    assert savings == sorted(savings, reverse=True) and min(savings) > 0
+    saved = [float(line.split()[-2]) for line in update.splitlines()]
+    assert saved == sorted(saved, reverse=True) and min(saved) > 0

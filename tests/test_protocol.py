@@ -16,7 +16,8 @@ from data import mat
 from data.mat import StepSample
 from grpo import episode_logp
 from extras.tree import collate
-from rewards import lexical_similarity, step_reward
+from extras.paper import step_reward
+from rewards import Scoring, lexical_similarity
 from rollout import Limits
 from test_rollout import answer, code, problem
 from tools import parse
@@ -226,9 +227,10 @@ def reward(kind, turn, finished=True, **more):
     last = SimpleNamespace(action=action, finished=finished)
     found = step_reward(SimpleNamespace(sample=step, turns=[last],
                                         answer=action.value if finished and
-                                        action.kind == "answer" else None), **more)
-    assert found.total == pytest.approx(found.accuracy + found.format)
-    return found.accuracy, found.format
+                                        action.kind == "answer" else None),
+                        Scoring(scorer=more.pop("scorer", "official")), **more)
+    assert found.total == pytest.approx(found.parts["accuracy"] + found.parts["format"])
+    return found.parts["accuracy"], found.parts["format"]
 
 
 @pytest.mark.parametrize("turn, accuracy, form", [
@@ -299,16 +301,16 @@ def test_a_turn_that_was_cut_off_or_says_a_tag_twice_earns_nothing(kind, turn):
     assert reward(kind, turn + turn, **gold) == (0, 0)
 
 
-def test_parts_that_a_row_does_not_have_are_none():
+def test_parts_that_a_row_does_not_have_are_absent():
     step = StepSample("1", "?", (), None, ("dark",), kind="problem", formats=("problem",))
     turn = SimpleNamespace(action=parse(problem("dark")), finished=True)
     found = step_reward(SimpleNamespace(sample=step, turns=[turn], answer=None))
-    assert (found.answer, found.em, found.problem, found.accuracy) == (None, None, 1.0, 1.0)
+    assert found.parts == {"accuracy": 1.0, "format": 1.0, "problem": 1.0}
     other = dataclasses.replace(step, golds=("b",), problems=(), kind="answer")
     found = step_reward(SimpleNamespace(sample=other, turns=[turn], answer=None))
-    assert (found.answer, found.em, found.problem, found.accuracy) == (0.0, 0.0, None, 0.0)
+    assert found.parts == {"accuracy": 0.0, "format": 1.0, "answer": 0.0, "em": 0.0}
     weighted = step_reward(SimpleNamespace(sample=step, turns=[turn], answer=None),
-                           accuracy_weight=3, format_weight=0.5)
+                           Scoring(weight={"answer": 3, "format": 0.5}))
     assert weighted.total == 3.5
 
 

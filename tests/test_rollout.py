@@ -418,7 +418,7 @@ def test_a_right_episode_gets_its_image_its_answer_and_full_reward(policy, sampl
         episode.view.tobytes())).float())
     assert difference.mean() < 6       # the program saved a JPEG: nearly the same picture
     reward = episode_reward(episode)
-    assert (reward.answer, reward.format, reward.problem) == (1.0, 1.0, 1.0)
+    assert [reward.parts[name] for name in ("answer", "format", "problem")] == [1.0, 1.0, 1.0]
 
 
 def test_answering_at_once_is_worth_less_than_working(policy, samples, tools, monkeypatch):

@@ -18,7 +18,9 @@ import rollout as rollout_module
 import tools as tools_module
 from data import mat, mini_search
 from policy import load
-from rewards import SentenceSimilarity, episode_reward, query_reward
+from extras import files
+from extras.search import SentenceSimilarity
+from rewards import Scoring, episode_reward, query_reward
 from rollout import Limits, information, rollout
 from test_rollout import answer, play
 from tools import Corpus, Passage, Replay, SearchError, SearchRefused, Serper, Tools, query_words, search_all
@@ -377,9 +379,9 @@ def test_the_reward_of_a_search_episode(policy, samples, monkeypatch):
                      answer("Oslo"))
     episode.sample = mat.Sample("1", "?", ("Oslo",), None, queries=("ship 47", "mayor of Oslo"))
     reward = episode_reward(episode)
-    assert (reward.total, reward.answer, reward.format, reward.query, reward.problem) == (2.5, 1.0,
-            1.0, 0.5, None)
-    assert episode_reward(episode, query_weight=0.0).total == 2.0
+    assert reward.total == 2.5
+    assert reward.parts == {"answer": 1.0, "format": 1.0, "query": 0.5, "em": 1.0}
+    assert episode_reward(episode, Scoring(weight={"query": 0.0})).total == 2.0
 
 
 @pytest.fixture
@@ -447,7 +449,7 @@ def test_the_halves_share_nothing(world):
 def test_the_files_are_mat_search(world):
     held_out, training = mat.load("mat-search", world, "test"), mat.load("mat-search", world,
             "train")
-    assert (len(held_out), len(training)) == (160, 300) and mat.check("mat-search", world)[1] == []
+    assert (len(held_out), len(training)) == (160, 300) and files.check("mat-search", world)[1] == []
     assert Counter(s.split for s in held_out) == {"simple": 80, "hard": 80}
     assert {len(s.queries) for s in training} == {1, 2}
     facts = mini_search.worlds()["train"]

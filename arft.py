@@ -50,10 +50,11 @@ from extras import report
 from extras import resume
 from data import mat, mini, mini_search
 from extras.plan import DEVICES
-from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError, adapter_config, check_name, load
+from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyError
 from extras.record import Run, token_record, zero_loss_note
 from extras.report import HEADER, ReportError, score_row, show_episode, table
 from extras.resume import RunError
+from extras.weights import adapter_config, check_name, load, save_merged
 from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
                      score_predictions, step_reward, summarize)
 from rollout import Clock, Episode, Limits, rollout
@@ -565,6 +566,7 @@ class Trainer:
         if config.vision == "frozen":
             policy.model.model.visual.requires_grad_(False)
         self.reference = grpo.reference_of(policy) if config.beta > 0 else None
+        self.keep_features()
         with many.shard(policy.model):
             self.optimizer = grpo.optimizer_of(policy, config.lr)
         self.steps = 0          # complete steps
@@ -578,16 +580,15 @@ class Trainer:
         warm = min(1.0, (self.steps + 1) / (self.config.warmup + 1))
         return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == "linear" else 1.0)
 
-    def keep_features(self, kept: dict | None) -> None:
+    def keep_features(self) -> None:
         """A frozen tower sees each image once a step, for rollout, update and reference; a trained one each time."""
         for policy in (self.policy, self.reference):
-            if policy is not None and self.config.vision == "frozen":
-                policy.kept = kept
+            if policy is not None:
+                policy.keep_features = self.config.vision == "frozen"
 
     def sample(self) -> dict:
         """The first half of a step, which changes nothing that is kept: episodes, rewards, advantages, clock."""
         config, clock, start = self.config, Clock(), time.perf_counter()
-        self.keep_features({})
         samples = many.share([next(self.order) for _ in range(config.samples_per_step)])
         episodes, groups = [], max(1, config.rollout_batch // config.group_size)       # groups side by side
         for first in range(0, len(samples), groups):
@@ -614,7 +615,6 @@ class Trainer:
         recorded = done["episodes"][:config.group_size] if config.record_tokens == "on" else []
         tokens = [token_record(self.policy, episode, logp) for episode, logp
                   in zip(recorded, grpo.frozen_logp(self.policy, recorded, config))]
-        self.keep_features(None)
         stats["lr"] = self.optimizer.param_groups[0]["lr"]
         self.steps, self.randomness, self.whole = self.steps + 1, self.random_states(), True
         return done | {"episodes": gathered(done["episodes"]), "rewards": many.gather(done["rewards"]), "stats": stats,
@@ -740,19 +740,6 @@ def print_plan(config: Config) -> int:
     return 0
 
 
-def save_merged(config: Config) -> int:
-    """--save-merged: an adapter folder as an ordinary Hugging Face folder, in the precision of its base model."""
-    if not config.model or not adapter_config(config.model):
-        raise UsageError("--save-merged needs --model DIR with adapter_config.json in DIR, such as a LoRA run's model/")
-    if Path(config.save_merged).exists():
-        raise UsageError(f"--save-merged {config.save_merged} exists; nothing was overwritten. Name a new folder or remove it")
-    policy = load(config.model, dtype="auto")
-    policy.merge_lora()
-    policy.save(config.save_merged)
-    print(f"{config.save_merged}: {config.model} merged into {policy.name}")
-    return 0
-
-
 def score_file(config: Config) -> int:
     """--score: a predictions file under both scorers."""
     print(f"{config.score}, scored as {config.task}\n{HEADER}")
@@ -800,7 +787,8 @@ def main(arguments: list[str]) -> int:
         if config.plan:
             return print_plan(config)
         if config.save_merged:
-            return save_merged(config)
+            save_merged(config.model, config.save_merged)
+            return 0
         if config.score:
             return score_file(config)
         if config.report is not None:

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from extras import many
 from extras.tree import Batch, groups_of, micro_batches, pack
+from extras.weights import MasterAdamW
 from policy import Policy
 from rollout import Episode
 
@@ -219,50 +220,6 @@ def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
 
 
 # --- the optimiser ---------------------------------------------------------------------------------------
-
-
-class MasterAdamW:
-    """AdamW (arXiv 1711.05101, without weight decay) for weights in bfloat16, with a float32 master copy of each.
-
-    A bfloat16 number has 8 significant bits: to 0.02 nothing below 0.00006 can be added. AdamW moves a weight by about
-    lr a step, at 1e-6 never. The master adds these up, and the model's weight is the master, rounded. One weight at a
-    time, so that no second set of gradients is ever in memory: 2 + 2 bytes a weight (weight, gradient) + 12 here.
-    """
-
-    def __init__(self, weights, lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8):
-        self.weights, self.betas, self.eps, self.steps = list(weights), betas, eps, 0
-        self.param_groups = [{"lr": lr}]
-        self.masters = [w.detach().float() for w in self.weights]
-        self.means = [torch.zeros_like(m) for m in self.masters]
-        self.squares = [torch.zeros_like(m) for m in self.masters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.steps += 1
-        (b1, b2), lr = self.betas, self.param_groups[0]["lr"]
-        for weight, master, mean, square in zip(self.weights, self.masters, self.means, self.squares):
-            if weight.grad is None:
-                continue
-            gradient = weight.grad.float()
-            mean.lerp_(gradient, 1 - b1)
-            square.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-            scale = (square / (1 - b2 ** self.steps)).sqrt_().add_(self.eps)
-            master.addcdiv_(mean, scale, value=-lr / (1 - b1 ** self.steps))
-            weight.copy_(master)            # rounded to nearest
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self.weights:
-            weight.grad = None
-
-    def state_dict(self) -> dict:
-        return {"steps": self.steps, "masters": self.masters, "means": self.means, "squares": self.squares}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        self.steps = state["steps"]
-        for name in ("masters", "means", "squares"):
-            for own, saved in zip(getattr(self, name), state[name], strict=True):
-                own.copy_(saved)
 
 
 def optimizer_of(policy: Policy, lr: float):

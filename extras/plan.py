@@ -24,7 +24,8 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 
 import grpo
 import rollout
-from policy import LANGUAGE, PATCHES_AT_ONCE, PolicyError, adapter_config
+from extras.weights import adapter_config
+from policy import LANGUAGE, PATCHES_AT_ONCE, PolicyError
 
 # name: (bf16 operations per second, bytes per second, bytes); vendors' data sheets, dense
 DEVICES = {"H200": (989e12, 4.8e12, 141e9), "H100": (989e12, 3.35e12, 80e9),

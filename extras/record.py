@@ -25,8 +25,10 @@ import numpy as np
 import torch
 import transformers
 
+from extras import many
 from extras import report
 from extras import resume
+from extras import weights
 from policy import Policy
 from rollout import Clock, Episode
 from tools import SearchError
@@ -453,14 +455,15 @@ class Run:
             self.best = {"step": point["step"], "em": point["greedy"]}
 
             def write(folder):
-                policy.save(folder)
+                weights.save(policy, folder, write=not many.rank())
                 resume.write_text(folder / "best.json", json.dumps(self.best))
             resume.write_folder(self.folder / "best", write)
 
     def finish(self, policy: Policy | None, config) -> None:
         """model/ (not without a policy), summary.json and report.html."""
         if self.steps and policy and not self.torn:
-            resume.write_folder(self.folder / "model", policy.save)
+            resume.write_folder(self.folder / "model", lambda folder: weights.save(
+                policy, folder, write=not many.rank()))
         seconds = rounded(dict(self.clock.seconds))
         summary = {name: self.summary[name] for name in ("before", "after") if name in self.summary}
         # last: a run with "after" in it is finished

@@ -17,7 +17,7 @@ import arft
 import rollout as rollout_module
 import tools as tools_module
 from data import mat, mini_search
-from policy import load
+from extras.weights import load
 from rewards import SentenceSimilarity, episode_reward, query_reward
 from rollout import Limits, information, rollout
 from test_rollout import answer, play

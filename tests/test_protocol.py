@@ -101,7 +101,8 @@ def test_every_way_to_end(policy, samples, monkeypatch):
     play(monkeypatch, policy, answer("1") + "...")
     assert [(e.ended, e.answer) for e in attempt(policy, sample)] == [("cut", None)]
     play(monkeypatch, policy, "word " * 40, "word " * 40)
-    prompt = len(paper.single_message_ids(policy, policy.system_prompt + sample[0].question, [])) + 4
+    text = policy.system_prompt + sample[0].question
+    prompt = len(paper.single_message_ids(policy, text, [])) + 4
     full, = attempt(policy, sample, limits=Limits(max_length=prompt + 30))
     assert full.ended == "length" and len(full.turns) == 1 and full.images
 

@@ -35,7 +35,8 @@ import rollout
 from data import mini
 from data.mat import Sample
 from extras.tree import collate
-from policy import Policy, load
+from extras.weights import load, save
+from policy import Policy
 from rollout import Episode
 from tools import parse
 
@@ -464,7 +465,7 @@ def cold_start(options: argparse.Namespace, build, demonstrate,
     train(policy, demonstrate, options.read_steps, read_only=True, seed=options.seed)
     train(policy, demonstrate, options.trace_steps, read_only=False, seed=options.seed)
     policy.model.to(stored)
-    policy.save(options.out)
+    save(policy, options.out)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=HOME.parent).stdout.strip()
     (options.out / "training.json").write_text(json.dumps({

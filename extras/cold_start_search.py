@@ -22,7 +22,8 @@ from data import mini, mini_search
 from extras.cold_start import BOTCHED, cold_start, grow, make_policy, options_of
 from data.mat import Sample
 from data.mini_search import PEOPLE, QUESTIONS, TOWNS
-from policy import Policy, load
+from extras.weights import load
+from policy import Policy
 from rollout import Episode
 from tools import Passage, parse
 

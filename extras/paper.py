@@ -93,7 +93,7 @@ def restart(policy: Policy, episode: Episode, inputs: dict[int, ImageInput],
         if id(view) not in inputs:
             inputs[id(view)] = policy.image_input(view)
         images = [inputs[id(view)]]
-    ids = policy.single_message_ids(message(episode, policy.system_prompt), images)
+    ids = single_message_ids(policy, message(episode, policy.system_prompt), images)
     if episode.turns and len(ids) >= limits.max_length:
         episode.ended = "length"
         return False
@@ -218,6 +218,21 @@ def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1,
         with clock.phase("tools"):
             act(live, tools, crop_box, code_errors)
     return episodes
+
+
+def single_message_ids(policy: Policy, text: str, images: list[ImageInput]) -> list[int]:
+    """One user message that holds everything, and the opening of the model's turn.
+
+    If the checkpoint's chat template puts a system message of its own first, as Qwen2.5-VL's does,
+    so does this function: the authors' prompts therefore had it, too.
+    """
+    first = []
+    if policy.tokenizer.chat_template:
+        empty = [{"role": "user", "content": ""}]
+        rendered = policy.tokenizer.apply_chat_template(empty, tokenize=False)
+        first = re.findall(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
+    system = [token for words in first for token in policy.message_ids("system", words)]
+    return [*system, *policy.message_ids("user", text, images), *policy.opening_ids()]
 
 
 # --- the reward of one step -----------------------------------------------------------------------

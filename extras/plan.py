@@ -26,9 +26,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from extras.engine import PREFILL_TOKENS
+from extras.weights import adapter_config
 from grpo import AT_ONCE
-from policy import LANGUAGE, LORA_TARGETS, PATCHES_AT_ONCE, PolicyError, adapter_config
-from rollout import PREFILL_IDS
+from policy import LANGUAGE, LORA_TARGETS, PATCHES_AT_ONCE, PolicyError
 
 # Memory in bytes, from the vendors' data sheets.
 DEVICES = {"H200": 141e9, "H100": 80e9, "A100": 80e9, "L40S": 48e9, "RTX4090": 24e9}
@@ -215,8 +216,8 @@ def vision_bytes(shape: Shapes, patches: float) -> float:
 def rollout_parts(shape: Shapes, options, rows: int, prompts: int) -> dict[str, float]:
     """Sampling `rows` episodes at once, from `prompts` prompts that are prefilled at once."""
     episode = lengths_of(shape, options)
-    fed = max(min(PREFILL_IDS, prompts * episode.prompt),
-              min(PREFILL_IDS, rows * episode.longest_observation))     # tokens in a forward pass
+    fed = max(min(PREFILL_TOKENS, prompts * episode.prompt),
+              min(PREFILL_TOKENS, rows * episode.longest_observation))     # tokens in a forward pass
     # One layer's keys and values are repeated for all query heads.
     repeated = 4 * rows * episode.total * shape.query_width
     pictures = max(prompts, rows if episode.images > 1 else 0)

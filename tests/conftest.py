@@ -16,7 +16,7 @@ import torch
 
 from data import mini
 from data.mat import Sample
-from policy import load
+from extras.weights import load
 from tools import Sandbox, Tools
 
 torch.set_num_threads(2)

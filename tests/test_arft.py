@@ -18,7 +18,7 @@ from extras import resume
 from arft import Config, UsageError, main, parse_options
 from conftest import ROOT
 from data.mat import DataError
-from policy import load
+from extras.weights import load
 from rollout import Clock, Episode
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"

@@ -14,7 +14,8 @@ from extras import report
 from arft import Config, UsageError, main
 from conftest import ROOT
 from data import mat
-from policy import SEARCH_PROMPT, load
+from extras.weights import load
+from policy import SEARCH_PROMPT
 from rollout import Clock
 from test_mat import CODING, QA, steps, write_mat
 from test_protocol import CROP, EPISODE, answer, attempt, play, problem

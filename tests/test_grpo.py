@@ -263,8 +263,8 @@ def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools
                         flat_groups="keep")
         trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), tools, config)
         done = trainer.learn(trainer.sample())
-        assert fresh_policy.kept is None and trainer.reference.kept is None
         images = {image for episode in done["episodes"] for image in episode.images}
+        assert {image.features is not None for image in images} == {vision == "frozen"}
         assert len(images) > 2, "no episode has a tool image: this would prove nothing"
         assert sum(seen) == len(images) if vision == "frozen" else sum(seen) > 3 * len(images)
 
@@ -278,12 +278,13 @@ def test_kept_features_change_nothing(fresh_policy, episodes):
         reference.model.lm_head.weight.mul_(1.1)
     A = group_advantages(torch.arange(8.0), 4)
     plain = gradient_of(fresh_policy, reference, episodes, A, options())
-    fresh_policy.kept = reference.kept = {}
+    assert all(image.features is None for episode in episodes for image in episode.images)
+    fresh_policy.keep_features = reference.keep_features = True
     with torch.inference_mode():
         fresh_policy.features(episodes[0].images)
     kept = gradient_of(fresh_policy, reference, episodes, A, options())
     torch.testing.assert_close(kept, plain, atol=1e-6, rtol=1e-5)
-    assert set(fresh_policy.kept) == {image for episode in episodes for image in episode.images}
+    assert all(image.features is not None for episode in episodes for image in episode.images)
 
 
 def test_minibatches_share_the_gradient_of_the_whole(fresh_policy, episodes):

@@ -1,4 +1,4 @@
-"""LoRA by hand: what it computes, what is trained, what is saved; and master weights."""
+"""LoRA by hand: what it computes, what is trained and what is saved. Also: master weights."""
 
 import json
 import re
@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import arft
-from extras import resume
 from arft import Config, main
 from conftest import ROOT
-from grpo import MasterAdamW, episode_logp, optimizer_of, reference_logp, reference_of
+from extras import resume
 from extras.tree import collate
-from policy import LORA_TARGETS, LoRA, PolicyError, load
+from extras.weights import MasterAdamW, load, save
+from grpo import episode_logp, optimizer_of, reference_logp, reference_of
+from policy import LORA_ALPHA, LORA_TARGETS, LoRA, PolicyError
 from rollout import Limits, rollout
 from test_grpo import options
 
@@ -21,7 +22,7 @@ TINY = str(ROOT / "data" / "tiny")
 
 
 def disturb(policy, seed=0, size=0.3):
-    """Adapters as after some training: B is no longer zero."""
+    """Makes B random, as it is after some training."""
     generator = torch.Generator().manual_seed(seed)
     for adapter in policy.adapters.values():
         adapter.B.data = size * torch.randn(adapter.B.shape, generator=generator)
@@ -44,8 +45,8 @@ def logits(policy, ids=(3, 14, 15, 92, 65, 35)):
 
 
 def test_a_layer_by_hand():
-    """W = identity, A = [1 2], B = [3 0], alpha / r = 2: x = (1, 1) -> (1,
-    1) + 2 * (3, 0) * (1 + 2) = (19, 1)."""
+    """W = identity, A = [1 2], B = [3 0], alpha / r = 2:
+    x = (1, 1) -> (1, 1) + 2 * (3, 0) * (1 + 2) = (19, 1)."""
     layer = LoRA(torch.nn.Linear(2, 2, bias=False), 1, 2.0)
     layer.base.weight.data = torch.eye(2)
     x = torch.ones(1, 2)
@@ -68,8 +69,8 @@ def test_adapters_stay_float32_on_a_bfloat16_layer():
 def test_only_the_language_models_adapters_are_trained(adapted):
     trained = [name for name, weight in adapted.model.named_parameters() if weight.requires_grad]
     layers, targets = adapted.model.config.text_config.num_hidden_layers, LORA_TARGETS.split(",")
-    assert len(adapted.adapters) == layers * len(targets) and len(trained) == 2 * len(
-        adapted.adapters)
+    assert len(adapted.adapters) == layers * len(targets)
+    assert len(trained) == 2 * len(adapted.adapters)
     assert all(name.startswith("model.language_model.layers") and name[-2:] in (".A", ".B")
                for name in trained)
 
@@ -81,12 +82,18 @@ def test_targets_choose_the_layers(fresh_policy):
     assert {name.split(".")[-1] for name in fresh_policy.adapters} == {"q_proj", "v_proj"}
 
 
+def test_without_other_words_every_layer_of_a_block_is_a_target(fresh_policy):
+    fresh_policy.add_lora(4)
+    assert {name.split(".")[-1] for name in fresh_policy.adapters} == set(LORA_TARGETS.split(","))
+    assert {adapter.alpha for adapter in fresh_policy.adapters.values()} == {LORA_ALPHA}
+
+
 # --- the reference is LoRA off --------------------------------------------------------------------
 
 
 def test_the_reference_is_the_model_without_adapters(adapted, policy, samples):
-    """Trained adapters, and yet the reference's log-probs are those of the
-    untouched checkpoint; no second model."""
+    """The adapters are trained, and yet the reference's log-probs are those of the untouched
+    checkpoint, without a second model."""
     episodes = rollout(policy, samples(("dark",)), group_size=2, tools=None,
                        limits=Limits(max_new_tokens=64),
                        generator=torch.Generator().manual_seed(1))
@@ -113,11 +120,11 @@ def test_adapters_are_on_again_after_an_error(adapted):
 def test_an_adapter_folder_loads_again_and_merges_to_the_same_logits(adapted, policy, tmp_path,
                                                                      capsys):
     disturb(adapted)
-    adapted.save(tmp_path / "adapter")
+    save(adapted, tmp_path / "adapter")
     assert (logits(adapted) - logits(policy)).abs().max() > 1
     again = load(str(tmp_path / "adapter"))
-    assert torch.equal(logits(again),
-                       logits(adapted)) and again.system_prompt == adapted.system_prompt
+    assert torch.equal(logits(again), logits(adapted))
+    assert again.system_prompt == adapted.system_prompt
     assert main(["--model", str(tmp_path / "adapter"), "--save-merged",
                  str(tmp_path / "merged")]) == 0
     merged = load(str(tmp_path / "merged"))
@@ -132,19 +139,20 @@ def test_an_adapter_folder_loads_again_and_merges_to_the_same_logits(adapted, po
 
 
 def test_the_adapter_file_is_pefts(adapted, tmp_path):
-    """Names and shapes as peft writes them; that peft itself computes the
-    same logits was checked by hand (README)."""
-    adapted.save(tmp_path)
-    tensors, config = load_file(tmp_path / "adapter_model.safetensors"), json.loads(
-        (tmp_path / "adapter_config.json").read_text())
+    """Names and shapes are as peft writes them. That peft itself computes the same logits was
+    checked by hand (README)."""
+    save(adapted, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     name = "base_model.model.model.language_model.layers.0.mlp.down_proj.lora_{}.weight"
     hidden, inner = 128, 384
-    assert tensors[name.format("A")].shape == (4, inner) and tensors[name.format(
-        "B")].shape == (hidden, 4)
+    assert tensors[name.format("A")].shape == (4, inner)
+    assert tensors[name.format("B")].shape == (hidden, 4)
     assert config["peft_type"] == "LORA" and (config["r"], config["lora_alpha"]) == (4, 8.0)
-    assert {n for n, m in load(TINY).model.named_modules()
-            if isinstance(m, torch.nn.Linear)
-            and re.fullmatch(config["target_modules"], n)} == set(adapted.adapters)
+    linear = [name for name, module in load(TINY).model.named_modules()
+              if isinstance(module, torch.nn.Linear)]
+    matched = {name for name in linear if re.fullmatch(config["target_modules"], name)}
+    assert matched == set(adapted.adapters)
     assert not list(tmp_path.glob("model*.safetensors")), "the base model is not copied"
 
 
@@ -161,7 +169,7 @@ def change_tensors(folder, change):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda folder: change_config(folder, base_model_name_or_path="./gone"),
-     "base model is not to be had"),
+     "base model is not available"),
     (lambda folder: change_config(folder, use_rslora=True), "no plain LoRA .use_rslora"),
     (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot be read"),
@@ -171,9 +179,10 @@ def change_tensors(folder, change):
      r"is \(4, 5\) there"),
     (lambda folder: change_tensors(folder, lambda t: t.update(extra=torch.zeros(1))),
      "no place for extra"),
+    (lambda folder: change_tensors(folder, lambda t: t.clear()), "it holds no adapter"),
 ])
 def test_an_adapter_folder_that_is_not_right(adapted, tmp_path, spoil, message):
-    adapted.save(tmp_path / "adapter")
+    save(adapted, tmp_path / "adapter")
     spoil(tmp_path / "adapter")
     with pytest.raises(PolicyError, match=message):
         load(str(tmp_path / "adapter"))
@@ -188,16 +197,15 @@ def test_a_lora_run_trains_saves_goes_on_and_evaluates(tmp_path, capsys):
     assert main([*short, "--lora-rank", "4", "--out", str(tmp_path / "a")]) == 0
     model = tmp_path / "a" / "model"
     first = load_file(model / "adapter_model.safetensors")
-    assert any(weight.abs().max() > 0 for name,
-               weight in first.items() if "lora_B" in name), "nothing was learned"
+    learned = [weight for name, weight in first.items() if "lora_B" in name]
+    assert any(weight.abs().max() > 0 for weight in learned), "nothing was learned"
     state, wrong = resume.newest(tmp_path / "a")
-    assert not wrong and state["weights"] and all(name.endswith((".A", ".B"))
-                                                  for name in state[
-        "weights"]), "nothing else is kept"
+    assert not wrong and state["weights"]
+    assert all(name.endswith((".A", ".B")) for name in state["weights"]), "nothing else is kept"
     metrics = json.loads((tmp_path / "a" / "metrics.jsonl").read_text())
     assert metrics["logp_error"] < 1e-4 and metrics["kl"] > 0
     assert main([*short, "--eval-only", "--model", str(model), "--out", str(tmp_path / "b")]) == 0
-    # its rank is the default
+    # the default rank is the adapter's
     assert main([*short, "--model", str(model), "--out", str(tmp_path / "c")]) == 0
     second = load_file(tmp_path / "c" / "model" / "adapter_model.safetensors")
     assert any(not torch.equal(first[name], second[name]) for name in first)
@@ -207,17 +215,19 @@ def test_a_lora_run_trains_saves_goes_on_and_evaluates(tmp_path, capsys):
 
 
 def test_what_is_chosen_when_lora_is_left_open(tmp_path):
-    tiny, large = Config(device="cpu", data="."), Config(model="Qwen/Qwen2.5-VL-3B-Instruct",
-                                                         device="cpu", data=".")
-    arft.complete(tiny), arft.complete(large)
-    assert (tiny.lora_rank, tiny.lr, large.lora_rank, large.lr) == (0, 2e-4, 16,
-                                                                    pytest.approx(1e-5))
-    full = Config(model="Qwen/Qwen2.5-VL-3B-Instruct", device="cpu", data=".", lora_rank=0)
+    hub = "Qwen/Qwen2.5-VL-3B-Instruct"
+    tiny = Config(device="cpu", data=".")
+    large = Config(model=hub, device="cpu", data=".")
+    arft.complete(tiny)
+    arft.complete(large)
+    assert (tiny.lora_rank, tiny.lr) == (0, 2e-4)
+    assert (large.lora_rank, large.lr) == (16, pytest.approx(1e-5))
+    full = Config(model=hub, device="cpu", data=".", lora_rank=0)
     arft.complete(full)
     assert full.lr == 1e-6
-    assert (tiny.save_every, large.save_every, full.save_every) == (1, 1,
-                                                                    0), "adapters are small enough for every step"
-    vision = Config(model="Qwen/Qwen2.5-VL-3B-Instruct", device="cpu", data=".", vision="trained")
+    # adapters are small enough to be saved after every step
+    assert (tiny.save_every, large.save_every, full.save_every) == (1, 1, 0)
+    vision = Config(model=hub, device="cpu", data=".", vision="trained")
     arft.complete(vision)
     assert vision.lora_rank == 0
     with pytest.raises(arft.UsageError, match="needs --lora-rank 0"):
@@ -228,8 +238,8 @@ def test_what_is_chosen_when_lora_is_left_open(tmp_path):
 
 
 def train(make, dtype, steps=200, lr=1e-6):
-    """Weights of 0.01 to 0.05 under a noisy gradient that mostly keeps its
-    direction; the same one for every caller."""
+    """Trains weights of 0.01 to 0.05 with a noisy gradient that mostly keeps its direction. The
+    gradient is the same for every caller."""
     generator = torch.Generator().manual_seed(0)
     size = 0.01 + 0.04 * torch.rand(512, generator=generator)
     direction = torch.randn(512, generator=generator)
@@ -256,15 +266,14 @@ def test_at_the_papers_learning_rate_bfloat16_rounds_every_update_away():
     assert torch.equal(end, exact.bfloat16()), "the model's weight is the float32 one, rounded"
 
 
-def test_master_weights_go_on_where_they_were_saved():
+def test_master_weights_continue_where_they_were_saved():
     weight = torch.nn.Parameter(torch.zeros(4).bfloat16())
-    one, other = MasterAdamW([weight], lr=1e-3), None
+    one = MasterAdamW([weight], lr=1e-3)
     for step in range(4):
-        # a new process: the rounded weight and the optimiser's state are what is left
-        if step == 2:
-            weight, other = torch.nn.Parameter(weight.detach().clone()), one.state_dict()
+        if step == 2:       # a new process gets the rounded weight and the optimiser's state
+            weight, saved = torch.nn.Parameter(weight.detach().clone()), one.state_dict()
             one = MasterAdamW([weight], lr=1e-3)
-            one.load_state_dict(other)
+            one.load_state_dict(saved)
         weight.grad = torch.tensor([1.0, -2.0, 0.5, 3.0 - step]).bfloat16()
         one.step()
     straight = torch.nn.Parameter(torch.zeros(4).bfloat16())
@@ -272,11 +281,11 @@ def test_master_weights_go_on_where_they_were_saved():
     for step in range(4):
         straight.grad = torch.tensor([1.0, -2.0, 0.5, 3.0 - step]).bfloat16()
         optimizer.step()
-    assert torch.equal(weight, straight) and torch.equal(one.masters[0],
-                                                         optimizer.masters[0]) and one.steps == 4
+    assert torch.equal(weight, straight) and one.steps == 4
+    assert torch.equal(one.masters[0], optimizer.masters[0])
 
 
-def test_the_optimiser_holds_states_for_what_is_trained_alone(fresh_policy):
+def test_the_optimiser_holds_states_only_for_what_is_trained(fresh_policy):
     fresh_policy.model.model.visual.requires_grad_(False)
     fresh_policy.model.bfloat16()
     optimizer = optimizer_of(fresh_policy, 1e-6)

@@ -24,7 +24,8 @@ import grpo
 from extras import many
 from data import mini
 from data.mat import Sample
-from policy import LORA_TARGETS, PolicyError, load
+from extras.weights import load
+from policy import LORA_TARGETS, PolicyError
 from rollout import Limits, rollout
 
 WAYS = ("lora", "full")

@@ -1,10 +1,10 @@
-"""The published checkpoints' format: prompts, pixels, positions and logits equal transformers' own
-Qwen2.5-VL processing.
+"""The published checkpoints' format: prompts, pixels, positions and logits equal those of
+transformers' own Qwen2.5-VL.
 
-A folder is written as the hub has them (flat config.json, `min_pixels` and `max_pixels`, two
+The tests write a folder as the hub has them (flat config.json, `min_pixels` and `max_pixels`, two
 temporal patches, windowed vision attention, old tensor names, several weight files, an untied
-vocabulary matrix), small and with random weights, and read by `policy.load`. Then everything is
-compared with `Qwen2_5_VLProcessor` and the model's own forward.
+vocabulary matrix), but small and with random weights. They load it and compare everything with
+`Qwen2_5_VLProcessor` and the model's own forward.
 """
 
 import json
@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from conftest import ROOT
-from policy import PolicyError, load
+from extras.paper import single_message_ids
+from extras.weights import load, save
+from policy import PolicyError
 
 TINY = ROOT / "data" / "tiny"
 SAMPLE = ROOT.parent / "shared" / "mat-sample"
 
-# Qwen2.5-VL's chat format: a system message of its own unless the conversation brings one, parts in
-# their order.
+# Qwen2.5-VL's chat format: it writes a system message of its own unless the conversation has one,
+# and keeps the parts of a message in their order.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if loop.first and message.role != 'system' -%}
@@ -42,62 +44,56 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
-# How Qwen's tokenizer cuts text before it merges bytes; the vocabulary below is data/tiny's.
+# How Qwen's tokenizer cuts text before it merges bytes. The vocabulary is data/tiny's.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
          r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 CONFIG = {      # the flat layout of the published files, made small
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-    "torch_dtype": "float32",
-    "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2, "max_window_layers": 70, "sliding_window": 32768,
-    "use_sliding_window": False, "vocab_size": 736,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "torch_dtype": "float32", "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2,
+    "max_window_layers": 70, "sliding_window": 32768, "use_sliding_window": False,
+    "vocab_size": 736, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     "tie_word_embeddings": False, "bos_token_id": 705, "eos_token_id": 707,
-    "attention_dropout": 0.0,
-    "vision_start_token_id": 714, "vision_end_token_id": 715, "vision_token_id": 716,
-    "image_token_id": 717,
-    "video_token_id": 718, "max_position_embeddings": 128000, "initializer_range": 0.02,
+    "attention_dropout": 0.0, "vision_start_token_id": 714, "vision_end_token_id": 715,
+    "vision_token_id": 716, "image_token_id": 717, "video_token_id": 718,
+    "max_position_embeddings": 128000, "initializer_range": 0.02,
     "vision_config": {
         "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48,
-        "num_heads": 2, "in_chans": 3,
-        "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-        "window_size": 112,
+        "num_heads": 2, "in_chans": 3, "out_hidden_size": 64, "patch_size": 14,
+        "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
         "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2}}
 
 PROCESSOR = {
     "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 
-# width x height: small, middling, tall, wide, odd, exactly on the grid, below the least pixels, a
-# strip
+# (width, height): small, medium, tall, wide, odd, exactly on the grid, fewer pixels than allowed,
+# a strip
 SIZES = [(112, 112), (640, 480), (720, 1280), (1500, 300), (333, 517), (28, 28), (10, 7),
          (1990, 10)]
 
 
 def photograph(width, height, seed=0):
-    """Smooth colours, an edge and some noise: a resized one differs from a
-    wrongly resized one everywhere."""
+    """An image of smooth colours, an edge and some noise. If it is resized in a wrong way, the
+    result differs everywhere."""
     rng, y, x = np.random.default_rng(seed), *np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (9 + 5 * c) + seed) + np.cos(y / (23 + 3 * c)) + (x * height > y * width)
              for c in range(3)]
-    return Image.fromarray(np.uint8(np.clip(np.stack(waves, 2) * 60 + 90
-                                            + rng.normal(0, 8, (height, width, 1)), 0, 255)))
+    pixels = np.stack(waves, 2) * 60 + 90 + rng.normal(0, 8, (height, width, 1))
+    return Image.fromarray(np.uint8(np.clip(pixels, 0, 255)))
 
 
 def old_name(name: str) -> str:
-    """A tensor's name in the published files: before the model had a
-    `language_model` of its own."""
+    """A tensor's name in the published files, which are older than `language_model`."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 def write_published(folder, tied=False, processor=PROCESSOR):
-    """A checkpoint folder as it lies on the hub. Returns the model that was written."""
+    """Writes a checkpoint folder as the hub has them. Returns the model that was written."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": tied}))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -111,7 +107,7 @@ def write_published(folder, tied=False, processor=PROCESSOR):
     config = Qwen2_5_VLForConditionalGeneration.config_class.from_pretrained(folder)
     model = Qwen2_5_VLForConditionalGeneration._from_config(config,
                                                             attn_implementation="sdpa").eval()
-    # the usual 0.02 would leave attention flat and every error small
+    # with the usual 0.02 attention would be flat and every error small
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.2)
@@ -121,15 +117,14 @@ def write_published(folder, tied=False, processor=PROCESSOR):
     for file in set(files.values()):
         save_file({name: weights[name] for name in weights if files[name] == file}, folder / file,
                   metadata={"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {},
-                                                                     "weight_map": files}))
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return model
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """(our policy, the model that was written, transformers' processor) of
-    one published-like folder."""
+    """Our policy, the model that was written, and transformers' processor, of one such folder."""
     folder = tmp_path_factory.mktemp("hub") / "model"
     model = write_published(folder)
     ours = load(str(folder))
@@ -137,7 +132,7 @@ def published(tmp_path_factory):
 
 
 def their_processor(ours):
-    """transformers' own, without its part for video, which needs torchvision."""
+    """transformers' own processor without its part for video, which needs torchvision."""
     class Processor(Qwen2_5_VLProcessor):
         def check_argument_for_proper_class(self, name, argument):
             return None
@@ -145,18 +140,17 @@ def their_processor(ours):
 
 
 def template_text(ours, turns):
-    """The chat template's text of alternating user (text, number of images)
-    and assistant messages."""
+    """What the chat template writes for messages (role, text, number of images)."""
     messages = [{"role": "system", "content": ours.system_prompt}]
     for role, text, images in turns:
-        messages.append({"role": role,
-                         "content": [{"type": "image"}] * images
-                         + [{"type": "text", "text": text}]})
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+        messages.append({"role": role, "content": content})
     return ours.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def assert_equal_processing(published, photographs):
-    """The first photograph in the prompt, each other one in an observation of its own."""
+    """Compares a conversation: the first photograph stands in the prompt, each other one in an
+    observation of its own. Returns ids, images and what transformers' processor made."""
     ours, _, processor = published
     turns = [("user", "What is on the sign?", 1)]
     images = [ours.image_input(photo) for photo in photographs]
@@ -192,11 +186,11 @@ def test_several_photographs_in_one_conversation(published):
 
 
 def test_limits_on_pixels_come_from_the_folder(published, tmp_path):
-    """An edited preprocessor_config.json is obeyed: between 200,704 (256
+    """If you edit preprocessor_config.json, your limits hold: here between 200,704 pixels (256
     tokens) and 1,003,520 pixels (1280 tokens)."""
     size = published[0].image_processor.size
-    assert (size["shortest_edge"], size["longest_edge"]) == (3136,
-                                                             12845056), "published limits were not read"
+    limits = (size["shortest_edge"], size["longest_edge"])
+    assert limits == (3136, 12845056), "published limits were not read"
     write_published(tmp_path / "model",
                     processor=PROCESSOR | {"min_pixels": 200704, "max_pixels": 1003520})
     ours = load(str(tmp_path / "model"))
@@ -206,7 +200,7 @@ def test_limits_on_pixels_come_from_the_folder(published, tmp_path):
                                                [photograph(*size)])
         assert least <= ours.image_tokens(images[0]) <= most
     again = tmp_path / "again"
-    ours.save(again)
+    save(ours, again)
     assert torch.equal(load(str(again)).image_input(photograph(56, 84)).patches,
                        ours.image_input(photograph(56, 84)).patches)
 
@@ -222,34 +216,31 @@ def test_mats_own_photographs(published):
 
 @pytest.mark.parametrize("text", ["Read it.", "\n\nRead it.", " \n Read it.\n", "  two blanks", ""])
 def test_one_message_of_any_text_with_and_without_an_image(published, text):
-    """paper.py's prompt, behind the template's own system message; line breaks
-    at its beginning join that of the role."""
+    """The paper's prompt, behind the template's own system message. Line breaks at its beginning
+    are tokenised together with the one behind the role."""
     ours, _, processor = published
     photo = photograph(90, 60)
     for photos in ([], [photo]):
-        message = {"role": "user",
-                   "content": [{"type": "image"}] * len(photos)
-                   + [{"type": "text", "text": "TEXT"}]}
+        content = [{"type": "image"}] * len(photos) + [{"type": "text", "text": "TEXT"}]
+        message = {"role": "user", "content": content}
         rendered = ours.tokenizer.apply_chat_template([message], tokenize=False,
                                                       add_generation_prompt=True)
         assert "You are a helpful assistant." in rendered
         rendered = rendered.replace("TEXT", text)
-        theirs = processor(text=[rendered], images=photos or None,
-                           return_tensors="pt")["input_ids"][0].tolist()
-        got = ours.single_message_ids(text, [ours.image_input(p) for p in photos])
-        assert got == theirs
+        theirs = processor(text=[rendered], images=photos or None, return_tensors="pt")
+        got = single_message_ids(ours, text, [ours.image_input(photo) for photo in photos])
+        assert got == theirs["input_ids"][0].tolist()
 
 
 # --- the model ------------------------------------------------------------------------------------
 
 
 def test_logits_of_the_published_layout(published):
-    """Two temporal patches, windows in the vision tower, fewer key heads than
-    query heads, an untied vocabulary matrix."""
+    """Two temporal patches, windows in the vision tower, fewer key heads than query heads, an
+    untied vocabulary matrix."""
     ours, model, _ = published
-    ids, images, theirs = assert_equal_processing(published,
-                                                  [photograph(200, 140), photograph(60, 230,
-            seed=1)])
+    photographs = [photograph(200, 140), photograph(60, 230, seed=1)]
+    ids, images, theirs = assert_equal_processing(published, photographs)
     tokens = torch.tensor([ids])
     with torch.no_grad():
         expected = model(**theirs).logits[0]
@@ -261,11 +252,11 @@ def test_logits_of_the_published_layout(published):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_published_folder_is_read_and_written_without_loss(tmp_path, tied):
-    """7B has a vocabulary matrix of its own, 3B shares that of the embedding;
-    saved again, both stay what they were."""
+    """7B has a vocabulary matrix of its own, 3B uses the embedding's. Both stay what they were when
+    they are saved again."""
     model = write_published(tmp_path / "model", tied)
     ours = load(str(tmp_path / "model"))
-    ours.save(tmp_path / "again")
+    save(ours, tmp_path / "again")
     again = load(str(tmp_path / "again"))
     shared = [p.model.lm_head.weight is p.model.get_input_embeddings().weight
               for p in (ours, again)]
@@ -278,20 +269,19 @@ def test_a_published_folder_is_read_and_written_without_loss(tmp_path, tied):
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "qwen2", "llava"])
 def test_another_architecture_is_refused_by_its_name(tmp_path, kind):
-    """Before any weight is read: the folder needs none."""
+    """The refusal comes before any weight is read: this folder has none."""
     config = ({"model_type": kind} if kind in ("qwen3_vl", "llava")
               else CONFIG | {"model_type": kind})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PolicyError,
-                       match=f"is a {kind} model; this program is written for qwen2_5_vl"):
+    refusal = f"is a {kind} model; this program is written for qwen2_5_vl"
+    with pytest.raises(PolicyError, match=refusal):
         load(str(tmp_path))
 
 
 def test_sliding_windows_are_refused(tmp_path):
-    """The published checkpoints name a window and switch it off; one that
-    switches it on would need other masks."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG
-                                                     | {"use_sliding_window": True,
-                                                        "max_window_layers": 1}))
+    """The published checkpoints name a window and switch it off. A checkpoint that switches it on
+    would need other attention masks."""
+    changed = CONFIG | {"use_sliding_window": True, "max_window_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
     with pytest.raises(PolicyError, match="use_sliding_window"):
         load(str(tmp_path))

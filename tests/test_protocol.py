@@ -80,7 +80,7 @@ def test_the_chat_template_s_own_first_words_stay(policy, monkeypatch):
     template = ("{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% for m in messages %}"
                 "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}")
     monkeypatch.setattr(policy.tokenizer, "chat_template", template)
-    said = policy.tokenizer.decode(policy.single_message_ids("Hello", []))
+    said = policy.tokenizer.decode(paper.single_message_ids(policy, "Hello", []))
     assert said == ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
                     "<|im_start|>assistant\n")
 
@@ -102,7 +102,8 @@ def test_every_way_to_end(policy, samples, monkeypatch):
     play(monkeypatch, policy, answer("1") + "...")
     assert [(e.ended, e.answer) for e in attempt(policy, sample)] == [("cut", None)]
     play(monkeypatch, policy, "word " * 40, "word " * 40)
-    prompt = len(policy.single_message_ids(policy.system_prompt + sample[0].question, [])) + 4
+    text = policy.system_prompt + sample[0].question
+    prompt = len(paper.single_message_ids(policy, text, [])) + 4
     full, = attempt(policy, sample, limits=Limits(max_length=prompt + 30))
     assert full.ended == "length" and len(full.turns) == 1 and full.images
 

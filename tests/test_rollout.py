@@ -15,7 +15,7 @@ from conftest import ROOT
 from data import mini
 from grpo import episode_logp, reference_of, update
 from extras.tree import collate
-from policy import load
+from extras.weights import load
 from rewards import episode_reward
 from rollout import Clock, Episode, Limits, Rows, begin, rollout
 

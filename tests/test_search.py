@@ -17,9 +17,9 @@ import arft
 import rollout as rollout_module
 import tools as tools_module
 from data import mat, mini_search
-from policy import load
 from extras import files
 from extras.search import SentenceSimilarity
+from extras.weights import load
 from rewards import Scoring, episode_reward, query_reward
 from rollout import Limits, information, rollout
 from test_rollout import answer, play

@@ -146,7 +146,7 @@ CHANGES = (
      " // self.merge, image.grid[2] // self.merge", ", image.grid[2]", "grid counts patches"),
     (7, "policy.py", "Policy.positions", ".T.contiguous()", "", "[3, T] is asked"),
     (7, "policy.py", "Policy.positions",
-     "next(pending, None) is not None or ", "", "without place holders must be refused"),
+     "next(pending, None) is not None or ", "", "without placeholders must be refused"),
     (8, "extras/jail.py", "limit_resources", '"CPU": cpu, ', "", "no limit of processor time"),
     (8, "extras/jail.py", "limit_resources", 'value + (name == "CPU")', "value", "soft and hard"),
     (8, "extras/jail.py", "limit_resources", "math.ceil(jail.seconds) + 1", "int(jail.seconds) + 1",

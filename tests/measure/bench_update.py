@@ -108,7 +108,7 @@ def measure(policy: Policy, episodes: list[Episode], group_size: int, config,
     advantages = group_advantages(torch.arange(float(len(episodes))) % group_size, group_size)
     optimizer = torch.optim.SGD([w for w in policy.model.parameters() if w.requires_grad], lr=0.0)
     # the tower is frozen: each image once, before the clock
-    policy.kept = {}
+    policy.keep_features = True
     with torch.no_grad():
         policy.features([image for episode in episodes for image in episode.images])
     seconds = {layout: ([], []) for layout in ("rows", "tree")}

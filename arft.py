@@ -54,10 +54,11 @@ from policy import LORA_TARGETS, SEARCH_PROMPT, SYSTEM_PROMPT, Policy, PolicyErr
 from extras.record import Run, token_record, zero_loss_note
 from extras.report import HEADER, ReportError, score_row, show_episode, table
 from extras.resume import RunError
-from rewards import (SCORERS, SentenceSimilarity, compare, episode_reward, lexical_similarity, score_answer,
+from rewards import (SCORERS, compare, episode_reward, lexical_similarity, score_answer,
                      score_predictions, step_reward, summarize)
 from rollout import Clock, Episode, Limits, rollout
-from tools import Corpus, Replay, Sandbox, SandboxError, SearchRefused, Serper, Tools
+from extras.search import Corpus, Replay, SearchRefused, SentenceSimilarity, Serper
+from tools import Sandbox, SandboxError, Tools
 
 HERE = Path(__file__).parent
 TINY, TINY_SEARCH = HERE / "data" / "tiny", HERE / "data" / "tiny-search"

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.mat import LITERAL_NEWLINE, DataError, Sample, StepSample, field, read_rows, split_of, text_list
 
@@ -201,29 +200,6 @@ def lexical_similarity(query: str, gold: str) -> float:
     """
     a, b = (set(normalize(text, chinese=False).split()) for text in (query, gold))
     return len(a & b) / (len(a) * len(b)) ** 0.5 if a and b else 0.0
-
-
-class SentenceSimilarity:
-    """Cosine of two sentence embeddings: the mean of the last hidden states over the words, as all-MiniLM-L6-v2 makes it.
-
-    folder: an encoder in transformers' format, such as sentence-transformers/all-MiniLM-L6-v2 (the paper's), on the CPU.
-    """
-
-    def __init__(self, folder: str):
-        from transformers import AutoModel, AutoTokenizer
-        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-        self.known: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def embed(self, text: str) -> torch.Tensor:
-        """[D], of length 1. Computed once for each text."""
-        if text not in self.known:
-            hidden = self.model(**self.tokenizer(text, truncation=True, max_length=256, return_tensors="pt")).last_hidden_state
-            self.known[text] = torch.nn.functional.normalize(hidden[0].mean(dim=0), dim=0)     # one text: no padding
-        return self.known[text]
-
-    def __call__(self, query: str, gold: str) -> float:
-        return float(self.embed(query) @ self.embed(gold))
 
 
 def query_reward(written: list[str], golds: tuple[str, ...], similarity=lexical_similarity) -> float:

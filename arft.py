@@ -158,15 +158,16 @@ def learning_rate(config: Config, step: int) -> float:
 def start(config: Config) -> int:
     """One run: evaluate the policy, train it, evaluate it again. Returns the exit code."""
     held_out, training = options.load_samples(config)
-    policy = options.load_policy(config)
-    run = options.open_run(config, policy, held_out, training)
-    with run, options.open_tools(config) as tools:
-        parts = Parts(run=run, tools=tools, **options.choose_parts(config, policy, run))
+    with options.open_tools(config) as tools:
+        policy = options.load_policy(config)
+        run = options.open_run(config, policy, held_out, training)
+        parts = Parts(**options.choose_parts(config, policy, run, tools))
         run.midway = partial(evaluate, policy, held_out, config, parts)     # with --eval-every
-        evaluate(policy, held_out, config, parts, "before")
-        if not config.eval_only:
-            train(policy, training, config, parts)
-            evaluate(policy, held_out, config, parts, "after")
+        with run:
+            evaluate(policy, held_out, config, parts, "before")
+            if not config.eval_only:
+                train(policy, training, config, parts)
+                evaluate(policy, held_out, config, parts, "after")
     return run.say_scores()
 
 

@@ -97,8 +97,8 @@ def step_line(m: dict) -> str:
     equal = round(m["zero_variance"] * m["groups"])
     warned = [w["name"] for w in m.get("warnings", ())]
     parts = [(always, f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}"),
-             (2, f"  {part} {m[part]:.2f}"), (4, f"  KL {m['kl'] or 0:.3f}"),
-             (3, f"  entropy {m['entropy'] or 0:.2f}"), (6, f"  tools {m['tool_calls']}"),
+             (4, f"  {part} {m[part]:.2f}"), (3, f"  KL {m['kl'] or 0:.3f}"),
+             (2, f"  entropy {m['entropy'] or 0:.2f}"), (6, f"  tools {m['tool_calls']}"),
              (always, f"  failed {m['tool_failures']}" if m["tool_failures"] else ""),
              (always, "".join(f"  {why} {n}" for why, n in sorted(cut_short.items()))),
              (1, f"  zero-variance {equal}" if equal else ""), (5, f"  {m['seconds']:.1f} s")]

@@ -29,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from data import mat
-from extras import record, resume, search, setup, weights
+from extras import files, record, resume, search, setup, weights
 from extras.resume import RunError
 from extras.setup import (
     UsageError, choose_parts, flag_of, leaf, load_policy, load_samples, open_run, open_tools)
@@ -312,7 +312,7 @@ def print_plan(config) -> int:
     plan = leaf("plan", "--plan")
     config.model, config.data = config.model or setup.HUB_MODEL, config.data or ""
     setup.complete(config)
-    print("\n".join(plan.report(config)))
+    print("\n".join(plan.plan_lines(config)))
     return 0
 
 
@@ -322,29 +322,23 @@ def check_data(config) -> int:
     if config.model:
         small = setup.is_small(config.model)
     setup.choose_data(config, small)
-    return leaf("files", "--check-data").check_files(config.task, config.data)
+    return files.check_files(config.task, config.data)
 
 
 def save_merged(config) -> int:
     """--save-merged: an adapter folder as an ordinary Hugging Face folder."""
-    if not config.model or not weights.adapter_config(config.model):
-        raise UsageError("--save-merged needs --model DIR with adapter_config.json in DIR, such as "
-                         "a LoRA run's model/")
-    if Path(config.save_merged).exists():
-        raise UsageError(f"--save-merged {config.save_merged} exists; nothing was overwritten. "
-                         "Name a new folder or remove it")
-    print(weights.save_merged(config.model, config.save_merged))
+    weights.save_merged(config.model, config.save_merged)
     return 0
 
 
 def score(config) -> int:
     """--score: a predictions file under both scorers."""
-    return leaf("files", "--score").score_file(config.score, config.task)
+    return files.score_file(config.task, config.score)
 
 
 def compare(config) -> int:
     """--compare: predictions file B against A under both scorers."""
-    return leaf("files", "--compare").compare_files(*config.compare, config.task)
+    return files.compare_files(config.task, *config.compare)
 
 
 def write_report(config) -> int:
@@ -374,7 +368,7 @@ def explained(error: BaseException) -> tuple[int, str] | None:
         known += (report.ReportError,)
     if isinstance(error, torch.OutOfMemoryError):
         plan = record.leaf("plan")
-        return 1, (plan.out_of_memory(explains_errors.config, error) if plan else
+        return 1, (plan.out_of_memory_message(explains_errors.config, error) if plan else
                    "the GPU's memory is full; lower --rollout-batch, --eval-batch or "
                    "--micro-batch-tokens, or use --lora-rank 16")
     if isinstance(error, KeyboardInterrupt):

@@ -1,45 +1,53 @@
-"""The paper's way (--protocol paper): one user message that grows, and training on single steps.
+"""The paper's protocol (--protocol paper): one growing user message, training on single steps.
 
-What it teaches: how the authors' checkpoints were trained and asked, so that they can be asked in
-the same way, and how that differs from an episode. rollout.py keeps one conversation: turns and
-observations are appended, every image stays in view. Here each turn starts from nothing with *one*
-user message
+The authors trained their checkpoints and asked them in this way. You need it to ask the checkpoints
+as they were asked, and to see how it differs from an episode. rollout.py keeps one conversation:
+turns and observations are appended, and every image stays in view. Here every turn starts anew with
+*one* user message
 
     image as it is now, system prompt, <query> question </query>, what the model wrote so far,
     <tips> or <information>
 
-and a program's image replaces the one before. In training there is one turn: the row's stored turns
-of the teacher stand where the model's own would be (`mat.StepSample`), no tool runs, and
-`step_reward` pays the turn. The text of earlier turns is tokenised again with every
-message; the ids of the newest turn are the sampled ones, and training, which has no other, keeps
-all laws of rollout.py.
+and a program's image replaces the one before. In training there is one turn: the teacher's turns
+that are stored with the row stand where the model's own would be (`mat.StepSample`), no tool runs,
+and `step_reward` pays the turn. The text of earlier turns is tokenised again with every message.
+The tokens of the newest turn are the sampled ones, and training, which has no other turn, keeps all
+laws of the README. Nothing is cached between turns, and the ids, mask, log-probs and images of an
+Episode are those of its last message and turn.
 
-Differences from rollout.py that follow from it: nothing is cached between turns (the message is
-prefilled again), and ids, mask, log-probs and images of an Episode are those of its last message
-and turn.
+The defects of the released code, B1 to B17. Each is absent here, or an option that is named:
 
-The defects of the released code, B1 to B17. Each is absent, or an option that is named here:
+    B1   a random completion's text becomes the teacher's before its reward
+         absent: the sampled text is rewarded
+    B2   a missing module, which nothing imports: absent
+    B3   a prompt over 2,048 tokens is cut after it was used
+         absent: no prompt is cut
+    B4   images change places in batches: absent, placeholders are counted
+    B5   a number anywhere in the text makes a search right: absent
+    B6   sampled at one temperature, trained at another: absent
+    B7   a schedule that is never finished, no resuming
+         absent: the learning rate falls to zero at --steps
+    B8   a sample without an answer vanishes and shifts the splits
+         absent: it counts as no answer
+    B9   an answer of several lines scores the previous sample's: absent
+    B10  the problem of the previous sample decides; an empty one crashes
+         absent: the episode's own, or none
+    B11  programs run inside the evaluation's process: absent, tools.Sandbox runs them
+    B12  all programs share one image file, JPEG in, JPEG out
+         absent: each has a directory of its own
+    B13  file names are put into the program's text
+         absent: the files have the names that the program uses
+    B14  the model does not see why its program failed
+         --code-errors hidden; by default it sees why
+    B15  an opening tag where </query> belongs: absent, the tag is closed
+    B16  a test of a constant in the scoring: absent
+    B17  a search repeats the last query or ends the sample silently
+         absent: the reply says what went wrong
+    --   the crop box of the question replaces the model's
+         --crop-box question, the default; model leaves the program's own
 
-    B1   a random completion's text becomes the teacher's before its reward    absent: what was sampled is rewarded
-    B2   a missing module, nothing imports                                     absent
-    B3   a prompt over 2,048 ids is cut after it was used                      absent: no prompt is cut
-    B4   images change places in batches                                       absent: place holders are counted
-    B5   a number anywhere in the text makes a search right                    absent
-    B6   sampled at one temperature, trained at another                        absent: one temperature
-    B7   a schedule that is never finished, no resuming                        absent: the rate falls to zero at --steps
-    B8   a sample without an answer vanishes and shifts the splits             absent: it counts as None
-    B9   an answer of several lines scores the previous sample's               absent
-    B10  the problem of the previous sample decides; an empty one crashes      absent: the episode's own, or none
-    B11  programs run inside the evaluation                                    absent: tools.Sandbox
-    B12  all programs share one image file, JPEG in, JPEG out                  absent: a directory each
-    B13  file names are put into the program's text                            absent: the files have these names
-    B14  the model does not see why its program failed                         --code-errors hidden; default: shown
-    B15  an opening tag where </query> belongs                                 absent: closed
-    B16  a test of a constant in the scoring                                   absent
-    B17  a search repeats the last query or ends the sample silently           absent: the reply says what went wrong
-    --   crop box from the question in place of the model's                    --crop-box question (default) or model
-
-Read next: grpo.py. Left out: the authors' own words; give them by --system-prompt FILE.
+A leaf: you may delete this file, and --protocol paper then says that it is missing. Left out: the
+authors' own system prompt; give it by --system-prompt FILE.
 """
 
 import dataclasses
@@ -49,10 +57,13 @@ import torch
 from PIL import Image
 
 from data.mat import Sample, StepSample
+from extras.engine import Rows
 from policy import ImageInput, Policy
-from rewards import (Reward, Scoring, f1, lexical_similarity, problem_reward, query_reward,
-                     score_answer)
-from rollout import REPLY_FAILED, Clock, Episode, Limits, Rows, Turn, add_turn, decode_turn, information, observe
+from rewards import (
+    Reward, Scoring, f1, lexical_similarity, problem_reward, query_reward, score_answer)
+from rollout import (
+    DEFAULT_LIMITS, REPLY_FAILED, Episode, Limits, Turn, add_turn, decode_turn, information,
+    observe)
 from tools import Action, Tools
 
 TIPS = "<tips> {} </tips>"
@@ -60,18 +71,16 @@ TIP_CROP = "Write code that cuts the region named in the question out of the ima
 TIP_NONE = "The image needs no repair. Answer the question."
 TIP_REPAIR = "Write code that repairs the image."
 
-# [366, 723, 506, 851]
-BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
-# [y1:y2, x1:x2]
-SLICE = re.compile(r"\[[^\[\]:,]*:[^\[\]:,]*,[^\[\]:,]*:[^\[\]:,]*\]")
+NUMBER = r"(\d+(?:\.\d+)?)"
+BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([NUMBER] * 4) + r"\s*\]")       # [366, 723, 506, 851]
+SLICE = re.compile(r"\[[^\[\]:,]*:[^\[\]:,]*,[^\[\]:,]*:[^\[\]:,]*\]")      # [y1:y2, x1:x2]
 
 
 # --- the message ----------------------------------------------------------------------------------
 
 
 def message(episode: Episode, system_prompt: str) -> str:
-    """The text of the one user message: a function of the sample and of what
-    was written so far, of nothing else."""
+    """The text of the user message: a function of the sample and of what was written so far."""
     sample = episode.sample
     parts = [system_prompt, f"<query> {sample.question} </query>"]
     parts += [sample.context] if isinstance(sample, StepSample) else []
@@ -80,13 +89,27 @@ def message(episode: Episode, system_prompt: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def single_message_ids(policy: Policy, text: str, images: list[ImageInput]) -> list[int]:
+    """One user message that holds everything, and the opening of the model's turn.
+
+    If the checkpoint's chat template puts a system message of its own first, as Qwen2.5-VL's does,
+    so does this function: the authors' prompts therefore had it, too.
+    """
+    first = []
+    if policy.tokenizer.chat_template:
+        empty = [{"role": "user", "content": ""}]
+        rendered = policy.tokenizer.apply_chat_template(empty, tokenize=False)
+        first = re.findall(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
+    system = [token for words in first for token in policy.message_ids("system", words)]
+    return [*system, *policy.message_ids("user", text, images), *policy.opening_ids()]
+
+
 def restart(policy: Policy, episode: Episode, inputs: dict[int, ImageInput],
             limits: Limits) -> bool:
-    """Makes the next message the episode's ids. False, and the episode has ended, if it does not
-    fit (law 5).
+    """Makes the next message the episode's ids. False, and the episode ends, if it does not fit.
 
-    inputs: the processed images by id of the image (all stay alive meanwhile: no id is given
-    twice); episodes that look at one image share it.
+    inputs: the processed images by id of the image, so that episodes that look at one image share
+    it. All images stay alive meanwhile, so no id is given twice.
     """
     view, images = episode.view, []
     if view is not None:
@@ -106,8 +129,9 @@ def restart(policy: Policy, episode: Episode, inputs: dict[int, ImageInput],
 
 
 def question_box(question: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """The box in a crop question, in pixels (x1, y1, x2, y2) of an image of `size` (width, height);
-    None without one.
+    """The box in a crop question, (x1, y1, x2, y2) in pixels; None without one.
+
+    size: (width, height) of the image. The question has thousandths of the sides.
 
     >>> question_box("Read the text within the [366, 723, 506, 851] of the image.", (1000, 500))
     (366, 361, 506, 425)
@@ -120,44 +144,51 @@ def question_box(question: str, size: tuple[int, int]) -> tuple[int, int, int, i
 
 
 def with_question_box(episode: Episode) -> Action:
-    """The episode's last program with the question's box in place of every slice [a:b, c:d], if it
-    named the problem crop last; else as written. (The released evaluation does so: its crops are
-    never the model's own.)"""
+    """The episode's last program with the question's box in place of every slice [a:b, c:d].
+
+    That is so if the episode named the problem crop last; otherwise the program stays as written.
+    (The released evaluation does so: its crops are never the model's own.)
+    """
     action = episode.turns[-1].action
-    stated = next((t.action.value for t in reversed(episode.turns) if t.action.kind == "problem"),
-                  ())
-    box = question_box(episode.sample.question,
-                       episode.view.size) if episode.view and "crop" in stated else None
+    stated = next((t.action.value for t in reversed(episode.turns)
+                   if t.action.kind == "problem"), ())
+    box = None
+    if episode.view and "crop" in stated:
+        box = question_box(episode.sample.question, episode.view.size)
     if box is None:
         return action
     x1, y1, x2, y2 = box
     return dataclasses.replace(action, value=SLICE.sub(f"[{y1}:{y2}, {x1}:{x2}]", action.value))
 
 
-def respond(turn: Turn, text: str, code_errors: str) -> str:
-    """What the next message has behind the turn; `text` is what rollout.py
-    would reply. "": nothing."""
+def respond(turn: Turn, code_errors: str) -> str:
+    """What the next message has behind the turn; "" for nothing."""
     action, execution = turn.action, turn.execution
+    if action.kind == "problem" and "crop" in action.value:
+        return TIPS.format(TIP_CROP)
     if action.kind == "problem":
-        return TIPS.format(TIP_CROP if "crop" in action.value else
-                           TIP_NONE if set(action.value) == {"none"} else TIP_REPAIR)
+        return TIPS.format(TIP_NONE if set(action.value) == {"none"} else TIP_REPAIR)
     if action.kind == "code" and execution.image is None and code_errors == "shown":
         return TIPS.format(REPLY_FAILED.format(error=execution.error))
-    return information(turn.found, bare_snippets=True) if action.kind == "search" else ""
+    if action.kind != "search":
+        return ""
+    found = turn.found
+    if isinstance(found, list):         # the authors give a web page's snippet without its title
+        found = [dataclasses.replace(p, title="") if p.url else p for p in found]
+    return information(found)
 
 
-def act(episodes: list[Episode], tools: Tools | None, crop_box: str, code_errors: str) -> None:
-    """Runs the last turns' actions. A program's image replaces the episode's; the reply is kept
-    with the turn.
+def act(episodes: list[Episode], tools: Tools, crop_box: str, code_errors: str) -> None:
+    """Carries out the last turns' actions. A program's image replaces the episode's.
 
-    With the question's box, `turn.action.value` is the program that ran ("ran" in episodes.jsonl)
-    and `turn.text` what was written.
+    The reply is kept with the turn. With the question's box, `turn.action.value` is the program
+    that ran ("ran" in episodes.jsonl), and `turn.text` what was written.
     """
     for episode in episodes:
         if crop_box == "question" and episode.turns[-1].action.kind == "code":
             episode.turns[-1].action = with_question_box(episode)
-    for episode, (text, view) in zip(episodes, observe(episodes, tools)):
-        episode.turns[-1].observation = respond(episode.turns[-1], text, code_errors)
+    for episode, (_, view) in zip(episodes, observe(episodes, tools)):
+        episode.turns[-1].observation = respond(episode.turns[-1], code_errors)
         episode.view = view or episode.view
 
 
@@ -165,74 +196,54 @@ def act(episodes: list[Episode], tools: Tools | None, crop_box: str, code_errors
 
 
 def first_view(sample: Sample, step_side: int) -> Image.Image | None:
-    """The sample's image; that of a single step is stretched to step_side x
-    step_side, as the authors' trainer does."""
+    """The sample's image. A single step's is stretched to a square, as the authors' trainer does.
+    """
     if sample.image_path is None:
         return None
     view = sample.open_image()
-    return view.resize((step_side,
-                        step_side)) if step_side and isinstance(sample, StepSample) else view
+    if step_side and isinstance(sample, StepSample):
+        view = view.resize((step_side, step_side))
+    return view
 
 
 def has_ended(episode: Episode, limits: Limits) -> bool:
-    """After a turn: whether it was the last one, and why."""
+    """After a turn: whether it was the last one; `episode.ended` says why."""
     turns = 1 if isinstance(episode.sample, StepSample) else limits.max_turns
-    episode.ended = ("cut" if not episode.turns[-1].finished else "answer"
-                     if episode.answer is not None else
-                     "turns" if len(episode.turns) == turns else "")
+    if not episode.turns[-1].finished:
+        episode.ended = "cut"
+    elif episode.answer is not None:
+        episode.ended = "answer"
+    elif len(episode.turns) == turns:
+        episode.ended = "turns"
     return bool(episode.ended)
 
 
 @torch.inference_mode()
 def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1,
-            limits: Limits = Limits(),
-            tools: Tools | None, generator: torch.Generator, clock: Clock | None = None,
-            crop_box: str = "question",
-            code_errors: str = "shown", step_side: int = 720) -> list[Episode]:
-    """`group_size` consecutive episodes for each sample: at most limits.max_turns turns, one for a
-    StepSample.
+            limits: Limits = DEFAULT_LIMITS, tools: Tools, generator: torch.Generator,
+            crop_box: str = "question", code_errors: str = "shown",
+            step_side: int = 720) -> list[Episode]:
+    """`group_size` neighbouring episodes for each sample, as rollout.rollout gives them.
 
-    crop_box "question": crops are cut at the question's box, "model": where the program says;
-    code_errors "shown" or "hidden"; step_side: pixels of the square that a step's image is
-    stretched to, 0 for none. tools as in rollout.py.
+    A StepSample has one turn, another sample at most limits.max_turns. crop_box "question" cuts
+    crops at the question's box, "model" where the program says; code_errors "shown" or "hidden";
+    step_side: pixels of the square that a step's image is stretched to, 0 for none.
     """
-    clock, inputs = clock or Clock(), {}
+    inputs = {}
     views = [first_view(sample, step_side) for sample in samples]
-    episodes = [Episode(sample, view=view) for sample,
-                view in zip(samples, views) for _ in range(group_size)]
+    episodes = [Episode(sample, view=view) for sample, view in zip(samples, views)
+                for _ in range(group_size)]
     live, alike = episodes, group_size      # that many neighbours begin with the same message
     while live := [episode for episode in live if restart(policy, episode, inputs, limits)]:
-        rows, asked = Rows(policy, limits), live[::alike]
-        with clock.phase("vision"):
-            features = policy.features([image for episode in asked for image in episode.images])
-        with clock.phase("prefill"):
-            rows.feed([e.ids for e in asked], [policy.positions(e.ids, e.images) for e in asked],
-                      features)
-            if alike > 1:
-                rows.repeat(alike)
-        with clock.phase("decode"):
-            written = decode_turn(rows, limits, generator)
-        for episode, (ids, logp) in zip(live, written):
+        rows = Rows(policy, limits.max_new_tokens)
+        rows.feed(live[::alike])
+        if alike > 1:
+            rows.repeat(alike)
+        for episode, (ids, logp) in zip(live, decode_turn(policy, rows, limits, generator)):
             add_turn(policy, episode, ids, logp)
         live, alike = [episode for episode in live if not has_ended(episode, limits)], 1
-        with clock.phase("tools"):
-            act(live, tools, crop_box, code_errors)
+        act(live, tools, crop_box, code_errors)
     return episodes
-
-
-def single_message_ids(policy: Policy, text: str, images: list[ImageInput]) -> list[int]:
-    """One user message that holds everything, and the opening of the model's turn.
-
-    If the checkpoint's chat template puts a system message of its own first, as Qwen2.5-VL's does,
-    so does this function: the authors' prompts therefore had it, too.
-    """
-    first = []
-    if policy.tokenizer.chat_template:
-        empty = [{"role": "user", "content": ""}]
-        rendered = policy.tokenizer.apply_chat_template(empty, tokenize=False)
-        first = re.findall(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", rendered, re.DOTALL)
-    system = [token for words in first for token in policy.message_ids("system", words)]
-    return [*system, *policy.message_ids("user", text, images), *policy.opening_ids()]
 
 
 # --- the reward of one step -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from extras import metrics, resume, weights
+from extras import files, metrics, resume, weights
 from extras.engine import CLOCK
 from extras.resume import RunError
 from grpo import frozen_logp
@@ -236,7 +236,7 @@ class Run:
         if self.done == 1 and (why := metrics.zero_loss_note(self.config, now)):
             tqdm.write(why)
         if self.done == 1 and self.policy.device.type == "cuda" and (plan := leaf("plan")):
-            tqdm.write(plan.compare_peak(self.config, torch.cuda.max_memory_allocated()))
+            tqdm.write(plan.planned_and_measured(self.config, torch.cuda.max_memory_allocated()))
         self.refresh_report()
 
     # --- evaluation -------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ class Run:
 
     def say_scores(self) -> int:
         """Prints the table of scores and where everything is. Returns the exit code."""
-        print(score_table(self.summary))
+        print(files.table(self.summary))
         if warned := self.warned():
             print("warnings: " + ", ".join(f"{name} in {n} steps" for name, n in warned.items()))
         took = self.seconds.get("checkpoint", 0.0)
@@ -507,9 +507,3 @@ def forget_features(episodes: list[Episode], keep_images: bool) -> list[Episode]
     if keep_images:
         return episodes
     return [dataclasses.replace(episode, images=[], view=None) for episode in episodes]
-
-
-def score_table(summary: dict) -> str:
-    """The table of scores, where the report's leaf is there."""
-    report = leaf("report")
-    return report.table(summary) if report else json.dumps(summary, indent=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import grpo
 from policy import SYSTEM_PROMPT_FILE, Policy, PolicyError, read_system_prompt
 from policy import load as load_plain
 
@@ -252,3 +253,10 @@ class MasterAdamW:
         for name in ("masters", "means", "squares"):
             for own, saved in zip(getattr(self, name), state[name], strict=True):
                 own.copy_(saved)
+
+
+class Optimizer(grpo.Optimizer):
+    """grpo.Optimizer for weights in bfloat16: AdamW steps their masters."""
+
+    def make(self, lr: float) -> MasterAdamW:
+        return MasterAdamW(self.weights, lr)

@@ -37,6 +37,7 @@ from rollout import Batch, Episode, RowLayout, padded
 
 LossType = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
 Scale = Literal["group", "batch", "none"]
+LOSS_TYPES, SCALES = get_args(LossType), get_args(Scale)
 TOKEN_MEANS = ("dapo", "cispo")          # these average over all tokens of the batch at once
 AT_ONCE = 2 ** 25     # probabilities: 128 MiB in float32, 220 tokens over Qwen's vocabulary
 PER_TOKEN = ("kl", "ratio", "clip_fraction", "entropy")
@@ -76,8 +77,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale: Scale = "gro
     """
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards do not make groups of {group_size} (at least 2)")
-    if scale not in get_args(Scale):
-        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(get_args(Scale))}")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(SCALES)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite numbers")
     groups = rewards.view(-1, group_size)                                           # [N / G, G]
@@ -156,8 +157,8 @@ def policy_loss(logp, logp_old, logp_ref, advantages, mask, *, loss_type: LossTy
       cispo    mean over all tokens of -stopgrad(min(ratio, clip_high)) * A * logp;
                clip_high is an absolute cap there, and no token loses its gradient
     """
-    if loss_type not in get_args(LossType):
-        raise ValueError(f"unknown loss_type {loss_type!r}; one of {', '.join(get_args(LossType))}")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}; one of {', '.join(LOSS_TYPES)}")
     mask = mask.to(logp.dtype)                                                      # [B, T]
     A = advantages[:, None]                                                         # [B, 1]
     log_ratio = (logp - logp_old).masked_fill(mask == 0, 0.0)                       # [B, T]

@@ -60,7 +60,8 @@ from data.mat import Sample, StepSample
 from extras.engine import Rows
 from policy import ImageInput, Policy
 from rewards import (
-    Reward, Scoring, f1, lexical_similarity, problem_reward, query_reward, score_answer)
+    Reward, Scoring, episode_reward, f1, lexical_similarity, problem_reward, query_reward,
+    score_answer)
 from rollout import (
     DEFAULT_LIMITS, REPLY_FAILED, Episode, Limits, Turn, add_turn, decode_turn, information,
     observe)
@@ -301,3 +302,10 @@ def step_reward(episode, scoring: Scoring | None = None, similarity=lexical_simi
         parts["problem"] = accuracy
     weight = scoring.weight
     return Reward(weight.get("answer", 1.0) * accuracy + weight.get("format", 1.0) * strict, parts)
+
+
+def reward(episode, scoring: Scoring | None = None, similarity=lexical_similarity) -> Reward:
+    """`step_reward` of a training step, `episode_reward` of a whole episode, as in evaluation."""
+    if isinstance(episode.sample, StepSample):
+        return step_reward(episode, scoring, similarity)
+    return episode_reward(episode, scoring, similarity=similarity)

@@ -321,7 +321,7 @@ def choose_parts(config, policy: Policy, run: record.Run, tools: Tools) -> dict:
         paper = leaf("paper", "--protocol paper")
         play = partial(paper.rollout, crop_box=config.crop_box, code_errors=config.code_errors,
                        step_side=config.step_side)
-        reward = partial(paper.step_reward, scoring=config, similarity=run.similarity)
+        reward = partial(paper.reward, scoring=config, similarity=run.similarity)
     layout, optimizer, seed = RowLayout, Optimizer, config.seed
     if config.update == "tree":
         layout = leaf("tree", "--update tree").TreeLayout

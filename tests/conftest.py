@@ -19,7 +19,7 @@ from data.mat import Sample
 from extras.weights import load
 from tools import Sandbox, Tools
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)     # two wait for each other where another program is busy
 
 
 @pytest.fixture(scope="session")

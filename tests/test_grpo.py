@@ -8,10 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
-from arft import Config, Trainer
-from grpo import LOSS_TYPES, episode_logp, group_advantages, policy_loss, reference_of, sampled_logp, update
-from extras.tree import collate
-from rollout import Limits, rollout
+from arft import choose_weights
+from extras.tree import TreeLayout
+from grpo import (
+    LOSS_TYPES, Optimizer, Settings, episode_logp, frozen_logp, group_advantages, policy_loss,
+    reference_of, sampled_logp, teaching_rows, update)
+from rollout import Limits, RowLayout, collate, rollout
 
 # --- advantages -----------------------------------------------------------------------------------
 
@@ -51,6 +53,14 @@ def test_a_flat_group_teaches_nothing():
 def test_rewards_that_make_no_groups(rewards, size, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(torch.tensor(rewards), size)
+
+
+def test_groups_of_equal_rewards_are_dropped_or_kept():
+    """An episode that lies on the mean of a group of unequal rewards stays in."""
+    advantages = group_advantages(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.5, 1.0]), 3)
+    assert advantages[4] == 0
+    assert teaching_rows(advantages, Settings(group_size=3)) == [3, 4, 5]
+    assert teaching_rows(advantages, Settings(group_size=3, zero_variance="keep")) == [*range(6)]
 
 
 # --- the loss against plain loops -----------------------------------------------------------------
@@ -180,31 +190,43 @@ def test_unknown_names_are_refused():
 
 
 def options(**changes):
+    """What an update reads of the options, and how its episodes become tensors."""
     base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=10 ** 6, update="rows",
-                checkpointing="off",
-                temperature=1.0, loss_type="grpo", clip_low=0.2, clip_high=0.2, beta=0.04,
-                max_sampled=480,
-                max_grad_norm=1e9)
+                checkpointing=False, temperature=1.0, loss_type="grpo", clip_low=0.2, clip_high=0.2,
+                beta=0.04, max_sampled=480, max_grad_norm=1e9, group_size=1, zero_variance="keep")
     return SimpleNamespace(**base | changes)
+
+
+def layout_of(config):
+    layout = TreeLayout if config.update == "tree" else RowLayout
+    return layout(config.micro_batch_tokens, config.checkpointing)
+
+
+def update_with(policy, reference, episodes, advantages, adamw, config, seed=0):
+    """grpo.update with any optimiser of torch's."""
+    optimizer = Optimizer(policy, 1e-3, config.max_grad_norm)
+    optimizer.adamw = adamw
+    return update(policy, reference, episodes, advantages, config, optimizer=optimizer,
+                  layout=layout_of(config), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
 def episodes(fresh_policy, samples, tools):
     return rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4,
-                   tools=tools,
-                   limits=Limits(max_new_tokens=96), generator=torch.Generator().manual_seed(1))
+                   tools=tools, limits=Limits(max_new_tokens=96),
+                   generator=torch.Generator().manual_seed(1))
 
 
 def gradients_of(policy, reference, episodes, advantages, config):
     """The gradients that the optimiser is given, one for each of its steps
     (it changes nothing), and the statistics."""
     seen = []
-    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(),
-                                step=lambda: seen.append(
-        torch.cat([w.grad.flatten() for w in policy.model.parameters() if w.grad is not None])))
-    stats = update(policy, reference, episodes, advantages, optimizer, config,
-                   torch.Generator().manual_seed(0))
-    return seen, stats
+
+    def record():
+        seen.append(torch.cat([w.grad.flatten() for w in policy.model.parameters()
+                               if w.grad is not None]))
+    recorder = SimpleNamespace(zero_grad=lambda set_to_none: policy.model.zero_grad(), step=record)
+    return seen, update_with(policy, reference, episodes, advantages, recorder, config)
 
 
 def gradient_of(policy, reference, episodes, advantages, config):
@@ -234,7 +256,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(fresh_policy, episodes, vi
     model.visual.requires_grad_(vision == "trained")
     model.language_model.embed_tokens.requires_grad_(embeddings == "trained")
     A, kept, gradients = group_advantages(torch.arange(8.0), 4), [], []
-    for on in ("off", "on"):
+    for on in (False, True):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t,
                                                       lambda t: t):
@@ -254,16 +276,20 @@ def test_a_frozen_tower_sees_each_image_once_a_step(fresh_policy, samples, tools
     forward = visual.forward
     monkeypatch.setattr(visual, "forward", lambda self, patches, grid_thw, **k: (
         seen.append(len(grid_thw)), forward(self, patches, grid_thw=grid_thw, **k))[1])
+    generator = torch.Generator().manual_seed(1)
     for vision in ("frozen", "trained"):
         seen.clear()
-        config = Config(seed=1, steps=1, samples_per_step=2, group_size=4, rollout_batch=128,
-                        max_new_tokens=96, lr=1e-3, vision=vision,
-                        inner_epochs=2, minibatches=1, micro_batch_tokens=400, update="rows",
-                        checkpointing="off",
-                        flat_groups="keep")
-        trainer = Trainer(fresh_policy, samples(("dark",), ("rotation90", "noise")), tools, config)
-        done = trainer.learn(trainer.sample())
-        images = {image for episode in done["episodes"] for image in episode.images}
+        choose_weights(fresh_policy, SimpleNamespace(lora_rank=0, vision=vision))
+        fresh_policy.keep_features = vision == "frozen"
+        reference, config = reference_of(fresh_policy), options(inner_epochs=2,
+                                                                micro_batch_tokens=400)
+        made = rollout(fresh_policy, samples(("dark",), ("rotation90", "noise")), group_size=4,
+                       tools=tools, limits=Limits(max_new_tokens=96), generator=generator)
+        adamw = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
+        update_with(fresh_policy, reference, made, group_advantages(torch.arange(8.0), 4), adamw,
+                    config)
+        frozen_logp(fresh_policy, made[:4], 1.0, layout_of(config))
+        images = {image for episode in made for image in episode.images}
         assert {image.features is not None for image in images} == {vision == "frozen"}
         assert len(images) > 2, "no episode has a tool image: this would prove nothing"
         assert sum(seen) == len(images) if vision == "frozen" else sum(seen) > 3 * len(images)
@@ -325,12 +351,9 @@ def test_inner_epochs_move_ratio_and_clip_and_leave_the_reference_alone(fresh_po
     frozen = {k: v.clone() for k, v in reference.model.state_dict().items()}
     A = group_advantages(torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0]), 4)
 
-    def run(epochs):
-        optimizer = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
-        return update(fresh_policy, reference, episodes, A, optimizer,
-                      options(inner_epochs=epochs, minibatches=2),
-                      torch.Generator().manual_seed(0))
-    stats = run(3)
+    adamw = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
+    stats = update_with(fresh_policy, reference, episodes, A, adamw,
+                        options(inner_epochs=3, minibatches=2))
     assert (stats["updates"] == 6 and stats["clip_fraction"] > 0 and stats["kl"] > 0
             and abs(stats["ratio"] - 1) > 1e-4)
     assert all(torch.equal(frozen[k], v) for k, v in reference.model.state_dict().items())
@@ -342,8 +365,8 @@ def test_training_makes_good_episodes_likelier(fresh_policy, episodes):
     batch = collate(fresh_policy, episodes)
     with torch.no_grad():
         before = episode_logp(fresh_policy, batch)[0].sum(1)
-    optimizer = torch.optim.SGD(fresh_policy.model.parameters(), lr=1e-2)
-    update(fresh_policy, None, episodes, A, optimizer, options(loss_type="dapo"), torch.Generator())
+    sgd = torch.optim.SGD(fresh_policy.model.parameters(), lr=1e-2)
+    update_with(fresh_policy, None, episodes, A, sgd, options(loss_type="dapo"))
     with torch.no_grad():
         gained = episode_logp(fresh_policy, batch)[0].sum(1) - before
     assert (gained * A).sum() > 0
@@ -351,9 +374,8 @@ def test_training_makes_good_episodes_likelier(fresh_policy, episodes):
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(fresh_policy, episodes):
     weights = [w.clone() for w in fresh_policy.model.parameters()]
-    optimizer = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
-    stats = update(fresh_policy, None, episodes, torch.full((8,), torch.nan), optimizer, options(),
-                   torch.Generator())
+    adamw = torch.optim.AdamW(fresh_policy.model.parameters(), lr=1e-3)
+    stats = update_with(fresh_policy, None, episodes, torch.full((8,), torch.nan), adamw, options())
     assert stats["skipped_updates"] == 1 and stats["updates"] == 0
     assert all(torch.equal(a, b) for a, b in zip(weights, fresh_policy.model.parameters()))
 
@@ -378,9 +400,8 @@ def plain_logp(policy, hidden, ids, temperature):
     """All log-probs at once, kept for backward."""
     log_probs = policy.log_probs(hidden, temperature)                                    # [N, V]
     p = log_probs.exp().detach()
-    return log_probs.gather(1, ids[:, None])[:,
-                                             0], -torch.where(p > 0, p * log_probs.detach(),
-                                                              0.0).sum(1)
+    entropy = -torch.where(p > 0, p * log_probs.detach(), 0.0).sum(1)
+    return log_probs.gather(1, ids[:, None])[:, 0], entropy
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +20,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import grpo
-from extras import many
+from arft import Config
 from data import mini
 from data.mat import Sample
+from extras import many
 from extras.weights import load
 from policy import LORA_TARGETS, PolicyError
-from rollout import Limits, rollout
+from rollout import Limits, RowLayout, rollout
+from tools import Tools
 
 WAYS = ("lora", "full")
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.3, -0.8, 0.7, -1.2, 0.9, -0.4])
@@ -35,15 +39,13 @@ SPLITS = {"uneven": 3, "idle": 8}
 
 
 def options(**changes):
-    base = dict(inner_epochs=1, minibatches=1, micro_batch_tokens=700, update="rows",
-                temperature=1.0, loss_type="grpo",
-                clip_low=0.2, clip_high=0.2, beta=0.04, max_sampled=480, max_grad_norm=1.0,
-                checkpointing="off")
+    base = dict(inner_epochs=1, minibatches=1, temperature=1.0, loss_type="grpo", clip_low=0.2,
+                clip_high=0.2, beta=0.04, max_sampled=480, group_size=1, zero_variance="keep")
     return SimpleNamespace(**base | changes)
 
 
 def learner(way):
-    """data/tiny, its reference and AdamW, as arft.Trainer makes them."""
+    """data/tiny, its reference and AdamW, as arft.train makes them."""
     policy = load(str(ROOT / "data" / "tiny"))
     torch.manual_seed(3)
     if way == "lora":
@@ -53,44 +55,48 @@ def learner(way):
     else:
         policy.model.model.visual.requires_grad_(False)
     reference = grpo.reference_of(policy)
-    with many.shard(policy.model):
-        return policy, reference, grpo.optimizer_of(policy, 1e-3)
+    optimizer = many.Optimizer if many.size() > 1 else grpo.Optimizer
+    return policy, reference, optimizer(policy, 1e-3, 1.0)
 
 
 def step(policy, reference, optimizer, episodes, advantages, config):
     """One update. Returns its statistics and the gradient that reached the
     optimiser, whole, by name."""
-    seen, true = {}, optimizer.step
+    seen, true = {}, optimizer.adamw.step
 
     def record():
-        seen.update({name: many.norm_of(weight.grad).clone() for name,
-                     weight in policy.model.named_parameters()
-                     if weight.grad is not None})
+        for name, weight in policy.model.named_parameters():
+            if weight.grad is not None:
+                whole = getattr(weight.grad, "full_tensor", lambda grad=weight.grad: grad)()
+                seen[name] = whole.clone()
         true()
-    optimizer.step = record
-    stats = grpo.update(policy, reference, episodes, advantages, optimizer, config,
-                        torch.Generator().manual_seed(0))
-    optimizer.step = true
+    optimizer.adamw.step = record
+    layout = RowLayout(700)
+    layout = many.in_step(layout) if many.size() > 1 else layout
+    stats = grpo.update(policy, reference, episodes, advantages, config, optimizer=optimizer,
+                        layout=layout, generator=torch.Generator().manual_seed(0))
+    optimizer.adamw.step = true
     return stats, seen
 
 
 def weights_of(policy):
-    return {name: weight.detach().clone() for name,
-            weight in policy.model.named_parameters() if weight.requires_grad}
+    return {name: weight.detach().clone() for name, weight in policy.model.named_parameters()
+            if weight.requires_grad}
 
 
 def experiment(way, episodes, resumed, split=None):
     """One update by each loss and split, then a second one from a checkpoint of one process."""
-    cut = slice(None) if split is None else slice(0, split) if many.rank() == 0 else slice(split,
-            None)
+    cut = slice(None)
+    if split is not None:
+        cut = slice(0, split) if many.rank() == 0 else slice(split, None)
     policy, reference, optimizer = learner(way)
     out = {"names": sorted(weights_of(policy)),
            "first": step(policy, reference, optimizer, episodes[cut], ADVANTAGES[cut], options()),
-           "state": copy.deepcopy(many.state(policy.model, optimizer)),
+           "state": copy.deepcopy(many.state(policy.model, optimizer.adamw)),
            "weights": weights_of(policy)}
     if resumed is not None:
         policy, reference, optimizer = learner(way)
-        many.load_state(policy.model, optimizer, resumed)
+        many.load_state(policy.model, optimizer.adamw, resumed)
     out["second"] = step(policy, reference, optimizer, episodes[cut], ADVANTAGES[cut],
                          options(loss_type="dapo"))
     return out
@@ -98,27 +104,29 @@ def experiment(way, episodes, resumed, split=None):
 
 def work(folder):
     """What each of the two processes does."""
-    many.start()
+    many.join(SimpleNamespace(resume=None, out="unused"))
     episodes = pickle.loads((folder / "episodes").read_bytes())
     results = {}
     for way in WAYS:
         resumed = torch.load(folder / f"{way}.pt")
         for name, split in SPLITS.items():
             results[way, name] = experiment(way, episodes, resumed, split)
-    results["share"], results["gather"] = many.share(list("abcde")), many.gather(
-        many.share(list("abcde")))
-    results["total"], results["largest"] = many.total(many.rank() + 1,
-                                                      10), many.largest(many.rank(), -many.rank())
+    results["share"] = many.share(list("abcde"))
+    results["gather"] = many.gather(results["share"])
+    results["total"] = many.reduced([many.rank() + 1, 10])
+    results["largest"] = many.reduced([many.rank(), -many.rank()], dist.ReduceOp.MAX)
     torch.save(results, folder / f"rank-{many.rank()}")
 
 
 def fail():
     """Rank 1 meets bad input while rank 0 waits for it."""
-    many.start()
-    with many.together(lambda error: (2, str(error))):
+    config = Config(out=tempfile.mkdtemp() + "/run")
+    many.join(config)
+    many.Run.explain = staticmethod(lambda error: (2, str(error)))
+    with many.Run(config):
         if many.rank():
             raise PolicyError("the model folder is gone")
-        many.total(1)
+        many.reduced([1])
 
 
 def launch(*arguments, expect=0):
@@ -150,7 +158,7 @@ def both(tmp_path_factory):
         samples.append(Sample(str(i), drawn["question"], (drawn["answer"],), folder / f"{i}.png",
                               problems, split="simple"))
     policy = load(str(ROOT / "data" / "tiny"))
-    episodes = rollout(policy, samples, group_size=4, tools=None,
+    episodes = rollout(policy, samples, group_size=4, tools=Tools(),
                        limits=Limits(max_new_tokens=32, max_turns=2),
                        generator=torch.Generator().manual_seed(1))
     episodes = [SimpleNamespace(ids=e.ids, mask=e.mask, logp=e.logp, images=e.images)
@@ -204,9 +212,9 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(both, way):
     saved = rank0[way, "uneven"]["state"]
     assert not rank1[way, "uneven"]["state"]["weights"], "rank 0 writes"
     policy, _, optimizer = learner(way)
-    many.load_state(policy.model, optimizer, saved)
+    many.load_state(policy.model, optimizer.adamw, saved)
     assert_close(weights_of(policy), rank0[way, "uneven"]["weights"], 0)
-    moments = [state["exp_avg"] for state in optimizer.state_dict()["state"].values()]
+    moments = [state["exp_avg"] for state in optimizer.adamw.state_dict()["state"].values()]
     assert len(moments) == len(one[way]["names"]) and sum(m.abs().sum() for m in moments) > 0
 
 

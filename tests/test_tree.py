@@ -4,13 +4,13 @@ log-probs, losses, gradients, updates."""
 import pytest
 import torch
 
-from extras import paper
 import rollout
 from data.mat import StepSample
-from grpo import episode_logp, frozen_logp, group_advantages, minibatches, policy_loss, reference_of
-from extras.tree import collate, cut, groups_of, micro_batches, pack, sight, tree, tree_length
-from rollout import Episode, Limits
-from test_grpo import gradient_of, options
+from extras import paper
+from extras.tree import TreeLayout, groups_of, sight, tree, tree_length
+from grpo import episode_logp, frozen_logp, group_advantages, policy_loss, reference_of
+from rollout import Episode, Limits, RowLayout, collate, cut
+from test_grpo import gradient_of, layout_of, options
 from test_policy import photograph
 
 
@@ -103,8 +103,8 @@ def test_log_probs_and_gradients_are_those_of_rows(fresh_policy, episodes, membe
     of every weight, the tower's included."""
     episodes, A = [episodes[i] for i in members], torch.linspace(-1, 1.3, len(members))
     results = []
-    for layout in ("rows", "tree"):
-        batch = pack(fresh_policy, episodes, layout)
+    for layout in (RowLayout(), TreeLayout()):
+        batch = layout.pack(fresh_policy, episodes)
         logp, entropy = episode_logp(fresh_policy, batch, 0.8)
         loss, _ = policy_loss(logp, logp.detach() - 0.1, logp.detach() + 0.2, A, batch.mask)
         gradient = torch.autograd.grad(loss, list(fresh_policy.model.parameters()),
@@ -145,33 +145,32 @@ def test_an_update_is_the_same_as_a_tree_and_however_it_is_cut(fresh_policy, epi
 
 
 def test_the_reference_is_the_same(fresh_policy, episodes):
-    plain = frozen_logp(fresh_policy, episodes, options())
+    plain = frozen_logp(fresh_policy, episodes, 1.0, layout_of(options()))
     for limit in (10 ** 6, 220, 1):
-        trees = frozen_logp(fresh_policy, episodes,
-                            options(update="tree", micro_batch_tokens=limit))
+        trees = frozen_logp(fresh_policy, episodes, 1.0, TreeLayout(limit))
         for one, other in zip(plain, trees):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["rows", "tree"])
+@pytest.mark.parametrize("layout", [RowLayout, TreeLayout])
 def test_micro_batches_keep_to_their_limit(fresh_policy, episodes, layout):
     """Every episode once; no forward pass over the limit, padding included,
     unless one episode is."""
     whole = tree_length(fresh_policy, [episodes[i] for i in GROUPS[0]])
     longest = max(len(e.ids) for e in episodes)
     for limit in (1, longest, longest + 60, whole, 3 * whole):
-        parts = micro_batches(fresh_policy, episodes, limit, layout)
+        parts = layout(limit).micro_batches(fresh_policy, episodes)
         assert sorted(i for part in parts for i in part) == list(range(8))
         for part in parts:
-            batch = pack(fresh_policy, [episodes[i] for i in part], layout)
+            batch = layout(limit).pack(fresh_policy, [episodes[i] for i in part])
             rows, length = batch.ids.shape
             # - 7: a tree's length is a multiple of 8
             assert rows * (length - 7) <= limit or len(part) == 1
-        if layout == "tree" and limit >= whole:
+        if layout is TreeLayout and limit >= whole:
             assert any(set(GROUPS[0]) <= set(part)
                        for part in parts), "a group that fits was torn apart"
-    assert len(micro_batches(fresh_policy, episodes, 1, layout)) == 8
-    assert len(micro_batches(fresh_policy, episodes, 10 ** 6, layout)) == 1
+    assert len(layout(1).micro_batches(fresh_policy, episodes)) == 8
+    assert len(layout(10 ** 6).micro_batches(fresh_policy, episodes)) == 1
 
 
 def test_cutting_by_hand():
@@ -184,8 +183,8 @@ def test_minibatches_of_trees_are_whole_groups(fresh_policy, episodes):
     """In rows any episode goes anywhere; as trees groups stay together; both
     in a random order from the generator."""
     def drawn(update, count, seed):
-        return minibatches(fresh_policy, episodes, options(update=update, minibatches=count),
-                           torch.Generator().manual_seed(seed))
+        return layout_of(options(update=update)).minibatches(
+            fresh_policy, episodes, count, torch.Generator().manual_seed(seed))
     for update in ("rows", "tree"):
         for count in (1, 2, 3):
             assert sorted(i for part in drawn(update, count, 0) for i in part) == list(range(8))
@@ -216,10 +215,10 @@ def test_real_groups_share_their_prompts(fresh_policy, samples, tools, protocol)
 
 
 def test_a_tree_holds_each_prompt_once(fresh_policy, episodes):
-    assert int((collate(fresh_policy, episodes).attention == 1).sum()) == sum(len(e.ids)
-            for e in episodes)
+    rows = collate(fresh_policy, episodes)
+    assert int((rows.attention == 1).sum()) == sum(len(e.ids) for e in episodes)
     used = [tree_length(fresh_policy, [episodes[i] for i in group]) for group in GROUPS]
     prompts = sum((len(group) - 1) * episodes[group[0]].mask.index(1) for group in GROUPS)
     assert sum(used) == sum(len(e.ids) for e in episodes) - prompts
     images = tree(fresh_policy, episodes).images
-    assert len(images) == len(set(images)) < len(collate(fresh_policy, episodes).images)
+    assert len(images) == len(set(images)) < len(rows.images)

@@ -235,7 +235,7 @@ def query_reward(written: list[str], golds: tuple[str, ...],
     >>> query_reward(["ship", "ship 47"], ("ship 47",))     # 1 / sqrt(2), and one search too many
     0.35355339059327373
     """
-    values = [similarity(query, gold) for query, gold in zip(written, golds)]
+    values = [similarity(query, gold) for query, gold in zip(written, golds, strict=False)]
     paid = sum(value for value in values if value >= SIMILARITY_THRESHOLD)
     return paid / max(len(written), len(golds), 1)
 
@@ -325,5 +325,5 @@ def summarize(predictions: list[str | None], samples: list[Sample], scorer: str 
         raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples; "
                          "there must be one prediction for each sample")
     scores = np.array([score_answer(prediction, sample.golds, scorer, chinese)
-                       for prediction, sample in zip(predictions, samples)])            # [n, 2]
+                       for prediction, sample in zip(predictions, samples, strict=True)])   # [n, 2]
     return describe_splits(scores, [sample.split for sample in samples])

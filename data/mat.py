@@ -182,7 +182,7 @@ JSON_NAMES = {str: "text", int: "a whole number", list: "a list", type(None): "n
 
 
 def field(row: dict, name: str, kinds: tuple[type, ...], where: str):
-    """row[name]. If it is missing, or its type is not one of `kinds`, raises a DataError that begins
+    """row[name]. If it is missing or its type is not one of `kinds`, raises a DataError that begins
     with `where` ("FILE: row 7")."""
     if name not in row:
         there = ", ".join(map(str, row)) or "none"

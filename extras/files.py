@@ -191,7 +191,8 @@ def compare(path_a: Path | str, path_b: Path | str, task: str, scorer: str = "of
                 f"{path_a} and {path_b} cannot be compared: item '{name[0]}' is missing from one of "
                 "them or has other golds there; give two files of the same benchmark")
     rows_a, rows_b = list(a.values()), [b[name] for name in a]
-    changed = sum(x["pred_answer"] != y["pred_answer"] for x, y in zip(rows_a, rows_b, strict=True))
+    changed = sum(row_a["pred_answer"] != row_b["pred_answer"]
+                  for row_a, row_b in zip(rows_a, rows_b, strict=True))
     scores_a, scores_b = (score_rows(rows, task, scorer) for rows in (rows_a, rows_b))  # [n, 2]
     result = {"n": len(a), "changed": changed}
     for column, metric in enumerate(("f1", "em")):

@@ -63,6 +63,7 @@ class World:
     births: dict[str, str]              # person -> town
 
     def ship_passage(self, number: str) -> dict:
+        """The passage about a ship: {"title", "text"}, as every passage here."""
         ship = self.ships[number]
         return {"title": f"Ship {number}",
                 "text": f"It sails to {ship['town']} under captain {ship['captain']}."}

@@ -188,8 +188,8 @@ def compare(path_a: Path | str, path_b: Path | str, task: str, scorer: str = "of
     for name in [*a, *b]:
         if name not in a or name not in b or a[name]["gt"] != b[name]["gt"]:
             raise DataError(
-                f"{path_a} and {path_b} cannot be compared: item '{name[0]}' is missing from one of "
-                "them or has other golds there; give two files of the same benchmark")
+                f"{path_a} and {path_b} cannot be compared: item '{name[0]}' is missing from one "
+                "of them or has other golds there; give two files of the same benchmark")
     rows_a, rows_b = list(a.values()), [b[name] for name in a]
     changed = sum(row_a["pred_answer"] != row_b["pred_answer"]
                   for row_a, row_b in zip(rows_a, rows_b, strict=True))
@@ -205,8 +205,8 @@ def compare(path_a: Path | str, path_b: Path | str, task: str, scorer: str = "of
 
 
 def score_file(task: str, path: Path | str) -> int:
-    """--score: prints the scores of a file of predictions by both scorers. Returns 0, the exit
-    code. Raises DataError."""
+    """--score: prints the scores of a file of predictions by both scorers. Returns the exit code,
+    0. Raises DataError."""
     print(f"{path}, scored as {task}\n{HEADER}")
     for scorer in SCORERS:
         scores = score_predictions(path, task, scorer)
@@ -218,7 +218,7 @@ def score_file(task: str, path: Path | str) -> int:
 
 def compare_files(task: str, path_a: Path | str, path_b: Path | str) -> int:
     """--compare: prints how file B differs from file A by both scorers, with the interval of the
-    difference item by item. Returns 0, the exit code. Raises DataError."""
+    difference item by item. Returns the exit code, 0. Raises DataError."""
     for scorer in SCORERS:
         result = compare(path_a, path_b, task, scorer)
         if scorer == SCORERS[0]:

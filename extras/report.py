@@ -72,6 +72,7 @@ def lines_with_offsets(path: Path):
 
 
 def read_line_at(path: Path, offset: int) -> dict:
+    """The object in the line that begins at this offset in bytes."""
     with open(path, "rb") as file:
         file.seek(offset)
         return json.loads(file.readline())

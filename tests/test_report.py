@@ -18,7 +18,7 @@ from arft import Config, main
 from conftest import ROOT
 from extras import files, record, report
 from extras.tree import collate
-from rollout import Clock, Limits, rollout
+from rollout import Limits, rollout
 
 HOSTILE = ("<script>alert(1)</script> </pre></i></textarea></svg></style> <img src=x "
            "onerror=alert(1)> &lt; &amp; ]]> <!-- "
@@ -30,8 +30,8 @@ HOSTILE = ("<script>alert(1)</script> </pre></i></textarea></svg></style> <img s
 
 
 def episode(when: str, index: int, words: str, em: float = 1.0, **more) -> dict:
-    """A line of episodes.jsonl: a malformed turn, a program with an image, an answer. `words` stands
-    wherever a model or a data file can put words."""
+    """A line of episodes.jsonl: a malformed turn, a program with an image, and an answer. `words`
+    stands wherever a model or a data file can put words."""
     code = f"<code>\n```python\nimport PIL\nx = 'y' # {words}\n```\n</code>"
     turn = {"finished": True, "ran": None, "image": None, "error": None, "observation": words}
     return {"when": when, "index": index, "sample": words, "image": words, "input": "images/in.png",
@@ -247,7 +247,7 @@ def test_a_long_run_fits_into_the_page_and_it_says_what_was_left_out(tmp_path):
     page = page_of(folder)
     assert report.LIMIT / 2 < len(page.encode()) < report.LIMIT
     assert "of 40 held-out samples" in page and "of 60 steps" in page and "left out, evenly" in page
-    assert 'data-step="1"' in page and 'data-step="60"' in page, "the first and the last step are there"
+    assert 'data-step="1"' in page and 'data-step="60"' in page, "the first and the last step"
 
 
 def test_images_of_what_does_not_fit_are_forgotten(tmp_path):

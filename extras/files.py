@@ -1,10 +1,10 @@
 """Files, without a model: what is wrong with the data (--check-data), what a file of predictions
 scores (--score), and how two of them differ (--compare).
 
-What it teaches: most disappointments of a benchmark are in its files. `check` lists every defect of
-a task's data at once: rows, ids, golds, images. `score_predictions` gives the paper's numbers from
-its published predictions, and `compare` judges two files item by item, because a paired difference
-is far less noisy than either score.
+What it teaches: look at the files before you trust a score. `check` lists every defect of a task's
+data at once: rows, ids, golds, images. `score_predictions` gives the paper's numbers from its
+published predictions. `compare` judges two files item by item, because the interval of a paired
+difference is far narrower than that of either score where the files agree on most items.
 
 The file predictions-after.json that a run writes has the published schema, so that you can score
 and compare it in the same way. No lesson file needs this one.

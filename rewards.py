@@ -142,7 +142,7 @@ def score_answer(prediction: str | None, golds, scorer: str = "official",
 class Scoring:
     """The options of the reward."""
     answer_metric: Literal["f1", "em"] = "f1"       # score of the answer in the reward; paper: f1
-    scorer: Literal["official", "repaired"] = "official"    # the paper's rules, or repaired ones
+    scorer: Literal["official", "repaired"] = "official"    # rules: the paper's, or repaired ones
     weight: dict[str, float] = field(  # NAME=X: weight of answer, format, problem, query; paper: 1
         default_factory=dict)
 
@@ -235,7 +235,7 @@ def query_reward(written: list[str], golds: tuple[str, ...],
     >>> query_reward(["ship", "ship 47"], ("ship 47",))     # 1 / sqrt(2), and one search too many
     0.35355339059327373
     """
-    values = [similarity(query, gold) for query, gold in zip(written, golds)]
+    values = [similarity(query, gold) for query, gold in zip(written, golds, strict=False)]
     paid = sum(value for value in values if value >= SIMILARITY_THRESHOLD)
     return paid / max(len(written), len(golds), 1)
 
@@ -325,5 +325,5 @@ def summarize(predictions: list[str | None], samples: list[Sample], scorer: str 
         raise ValueError(f"{len(predictions)} predictions for {len(samples)} samples; "
                          "there must be one prediction for each sample")
     scores = np.array([score_answer(prediction, sample.golds, scorer, chinese)
-                       for prediction, sample in zip(predictions, samples)])            # [n, 2]
+                       for prediction, sample in zip(predictions, samples, strict=True)])   # [n, 2]
     return describe_splits(scores, [sample.split for sample in samples])

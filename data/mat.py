@@ -53,14 +53,14 @@ FILES = {   # task -> split -> (file below the data folder, folder of its images
     "musique": {"train": ("musique/train.jsonl", None), "test": ("musique/dev.jsonl", None)},
     "bamboogle": {"test": ("bamboogle/test.jsonl", None)},
 }
-# A backslash and an n where a line break belongs (15 of MAT-Coding's golds have one). LaTeX commands
-# such as \neq and \nu do not match.
+# A backslash and an n where a line break belongs (15 of MAT-Coding's golds have one). Commands of
+# LaTeX such as \neq and \nu do not match.
 LITERAL_NEWLINE = re.compile(r"\\n(?!(?:abla|eq?|eg|ot(?:in)?|u|ewline)(?![a-z]))")
 
 
 class DataError(ValueError):
-    """A file is wrong. The message names in one or two lines the file, the row (the first is 1), the
-    field, the cause, and what you can do."""
+    """A file is wrong. In one or two lines, the message names the file, the row (the first is 1),
+    the field and the cause, and says what you can do."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Sample:
     id: str
     question: str                   # without the <query> tags of the files
     golds: tuple[str, ...]          # each of them is a right answer
-    image_path: Path | None         # the image that the model is shown; None for text-only questions
+    image_path: Path | None         # the image that the model sees; None for text-only questions
     problems: tuple[str, ...] = ()  # gold problem labels, in the file's order; () if there are none
     queries: tuple[str, ...] = ()   # gold search queries; () if there are none
     split: str = ""                 # "simple" | "hard" | "train" | "" (text-only questions)
@@ -109,8 +109,8 @@ def open_image_file(path: Path):
             image = Image.open(path, formats=IMAGE_FORMATS)
         with image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: the image has {image.width} x {image.height} pixels; at most "
-                                f"{MAX_PIXELS:,} are allowed. Store a smaller version")
+                raise DataError(f"{path}: {image.width} x {image.height} pixels are more than "
+                                f"{MAX_PIXELS:,}; store a smaller version")
             yield image
     except FileNotFoundError:
         raise DataError(f"{path}: no such image; put it there, or remove its row") from None
@@ -182,8 +182,8 @@ JSON_NAMES = {str: "text", int: "a whole number", list: "a list", type(None): "n
 
 
 def field(row: dict, name: str, kinds: tuple[type, ...], where: str):
-    """row[name] if its type is one of `kinds`. Otherwise raises a DataError that begins with `where`
-    ("FILE: row 7")."""
+    """row[name]. If it is missing or its type is not one of `kinds`, raises a DataError that begins
+    with `where` ("FILE: row 7")."""
     if name not in row:
         there = ", ".join(map(str, row)) or "none"
         raise DataError(f"{where}: field '{name}' is missing (the row has: {there})")
@@ -194,7 +194,7 @@ def field(row: dict, name: str, kinds: tuple[type, ...], where: str):
 
 
 def text_list(row: dict, name: str, where: str) -> tuple[str, ...]:
-    """A field that is a text or a list of at least one text, as a tuple. (MAT-Search stores a single
+    """A field that is a text or a list of at least one text, as a tuple. (MAT-Search stores its one
     gold without a list.)"""
     value = field(row, name, (list, str), where)
     values = (value,) if isinstance(value, str) else tuple(value)

@@ -1,19 +1,20 @@
-"""MAT-mini's search half: questions about ships that only a search can answer, drawn by a program.
+"""The search half of MAT-mini: questions about ships that only a search can answer, drawn by a
+program.
 
 What it teaches: what a search benchmark needs so that the search is necessary. A picture shows the
-number of a ship and nothing else. Where the ship sails, and who its captain is, stands in one
-passage of a small corpus (simple); who the mayor of that town is, or where that captain was born,
-stands in a second passage that only names the town or the captain (hard: two searches, the second
-of which nobody can write before the first was answered).
+number of a ship and nothing else. One passage of a small corpus says where the ship sails and who
+its captain is (simple questions). A second passage, which names only the town or the captain, says
+who the mayor of that town is or where that captain was born (hard questions). A hard question takes
+two searches, and nobody can write the second one before the first was answered.
 
 The files have MAT-Search's names and fields (Visual-ARFT, arXiv 2505.14246; the published
-laolao77/MAT), with the corpus beside them. Held-out ships, towns and people occur in no training
-question; their passages are in the same corpus.
+laolao77/MAT), and the corpus is in the same folder. Held-out ships, towns and people occur in no
+training question; their passages are in the same corpus. extras/search.py searches the corpus, and
+extras/cold_start_search.py made the model that asks.
 
-Read next: tools.py, which searches the corpus; extras/cold_start_search.py, the model that asks.
 Left out: everything that makes a real web search hard: ambiguity, contradiction, long pages.
 
-    python -m data.mini_search FOLDER       # writes it by hand; arft.py does so by itself
+    python -m data.mini_search FOLDER       # writes the files; arft.py does this by itself
 """
 
 import json
@@ -25,27 +26,26 @@ import numpy as np
 
 from data import mini
 
-VERSION = 1                 # in the folder's name: a change of the world must not meet an old cache
+# It is in the folder's name, so that a changed world never meets an old cache.
+VERSION = 1
 CORPUS = "corpus.jsonl"
 TOWNS = ("Oslo Lima Rome Bonn Kobe Riga Bern Cork Lyon Pisa Nice Bari Baku Doha Kyiv Graz Lodz "
-         "Gent Tula Brno Faro Vigo "
-         "Kiel Hull Bath York Leith Delft Turku Malmo Tampa Quito Sucre Accra Lagos Dakar Tunis "
-         "Sofia Minsk Vaduz Linz "
-         "Metz Brest Izmir Basra Busan Davao Perth").split()
-PEOPLE = ("Ada Bruno Clara Dario Elsa Felix Greta Hugo Irma Jonas Karla Leon Mina Nora Otto Paula "
-          "Quin Rosa Sven Tilda "
-          "Ugo Vera Wanda Xenia Yusuf Zelda Amir Bella Cyril Dora Emil Fiona Gustav Helga Igor "
-          "Judith Kemal Lotte Milan "
-          "Nadia Oskar Petra Ramon Silke Timo Ursula Viktor Willem").split()
+         "Gent Tula Brno Faro Vigo Kiel Hull Bath York Leith Delft Turku Malmo Tampa Quito "
+         "Sucre Accra Lagos Dakar Tunis Sofia Minsk Vaduz Linz Metz Brest Izmir Basra Busan "
+         "Davao Perth").split()
+PEOPLE = ("Ada Bruno Clara Dario Elsa Felix Greta Hugo Irma Jonas Karla Leon Mina Nora Otto "
+          "Paula Quin Rosa Sven Tilda Ugo Vera Wanda Xenia Yusuf Zelda Amir Bella Cyril Dora "
+          "Emil Fiona Gustav Helga Igor Judith Kemal Lotte Milan Nadia Oskar Petra Ramon Silke "
+          "Timo Ursula Viktor Willem").split()
 
 
 @dataclass(frozen=True)
 class Question:
-    """One kind of question. The queries and the answer are filled in with a world's facts."""
+    """One kind of question. Its queries and its answer come from the facts of a world."""
     text: str
-    hops: int               # searches that it takes
-    first: str              # what the ship's passage tells: town | captain
-    query: str = ""         # of the second search
+    hops: int               # how many searches the answer takes
+    first: str              # the fact that the ship's passage gives: town | captain
+    query: str = ""         # query of the second search, with {} for that fact
 
 
 QUESTIONS = (Question("Where does this ship sail?", 1, "town"),
@@ -57,18 +57,19 @@ QUESTIONS = (Question("Where does this ship sail?", 1, "town"),
 
 @dataclass(frozen=True)
 class World:
-    """Who sails where: the facts that the corpus tells."""
+    """Who sails where: the facts that the corpus holds."""
     ships: dict[str, dict[str, str]]    # number -> {"town", "captain"}
     mayors: dict[str, str]              # town -> person
     births: dict[str, str]              # person -> town
 
     def ship_passage(self, number: str) -> dict:
+        """The passage about a ship: {"title", "text"}, as every passage here."""
         ship = self.ships[number]
         return {"title": f"Ship {number}",
                 "text": f"It sails to {ship['town']} under captain {ship['captain']}."}
 
     def second_passage(self, name: str) -> dict:
-        """Of a town or a captain."""
+        """The passage about a town or a captain."""
         if name in self.mayors:
             return {"title": f"Town {name}", "text": f"The mayor of {name} is {self.mayors[name]}."}
         return {"title": f"Captain {name}",
@@ -84,16 +85,19 @@ class World:
 
     def queries(self, question: Question, number: str) -> list[str]:
         """The gold queries, in order."""
-        second = [question.query.format(
-            self.ships[number][question.first])] if question.hops == 2 else []
-        return [f"ship {number}", *second]
+        first = f"ship {number}"
+        if question.hops == 1:
+            return [first]
+        return [first, question.query.format(self.ships[number][question.first])]
 
 
 def pool(names: list[str], split: str) -> list[str]:
-    """Three quarters of the names are for training, the others for the test.
+    """The names of a split: three quarters for training, the others for the test.
 
-    >>> len(pool(TOWNS, "train")), len(pool(PEOPLE, "test")), set(pool(TOWNS, "train")) & set(pool(TOWNS, "test"))
-    (36, 12, set())
+    >>> len(pool(TOWNS, "train")), len(pool(PEOPLE, "test"))
+    (36, 12)
+    >>> set(pool(TOWNS, "train")) & set(pool(TOWNS, "test"))
+    set()
     """
     cut = len(names) * 3 // 4
     return names[:cut] if split == "train" else names[cut:]
@@ -109,8 +113,8 @@ def make_world(numbers: list[str], towns: list[str], captains: list[str], mayors
 
 
 def worlds(seed: int = 0) -> dict[str, World]:
-    """The training and the held-out half of MAT-mini's world; they share no ship, town or person.
-    Nobody is both captain and mayor."""
+    """The training half and the held-out half of MAT-mini's world. They share no ship, town or
+    person, and nobody is both captain and mayor."""
     return {split: make_world(mini.texts(split), pool(TOWNS, split), pool(PEOPLE, split)[::2],
                               pool(PEOPLE, split)[1::2],
                               np.random.default_rng([seed, 77, split == "train"]))
@@ -118,17 +122,17 @@ def worlds(seed: int = 0) -> dict[str, World]:
 
 
 def passages(world: World) -> list[dict]:
-    return [world.ship_passage(number) for number in world.ships] + [
-        world.second_passage(name) for name in (*world.mayors, *world.births)]
+    return ([world.ship_passage(number) for number in world.ships]
+            + [world.second_passage(name) for name in (*world.mayors, *world.births)])
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def _benchmark_rows(world: World, images: Path, rng: np.random.Generator) -> list[dict]:
-    """Every question about every held-out ship, in two pictures each, the simple ones first."""
-    asked = [(question, number) for hops in (1, 2) for question in QUESTIONS if question.hops
-             == hops
+    """Every question about every held-out ship, in two pictures each; simple questions first."""
+    asked = [(question, number) for hops in (1, 2)
+             for question in QUESTIONS if question.hops == hops
              for number in world.ships for _ in range(2)]
     rows = []
     for i, (question, number) in enumerate(asked, start=1):
@@ -139,49 +143,56 @@ def _benchmark_rows(world: World, images: Path, rng: np.random.Generator) -> lis
 
 
 def _training_rows(world: World, images: Path, rng: np.random.Generator) -> list[dict]:
-    """Every question about every training ship as single steps, the searches
-    so far behind the question."""
+    """Every question about every training ship as single steps. The searches so far follow the
+    question in the field "problem"."""
     rows = []
     for number in world.ships:
         for k, question in enumerate(QUESTIONS):
             image = f"ship_{number}_{k}.png"
             mini.draw_sign(number, rng).save(images / image, compress_level=1)
-            told = f"<query> {question.text} </query>"
-            steps = [("search", query) for query in world.queries(question, number)]
-            found = [world.ship_passage(number),
-                     world.second_passage(world.ships[number][question.first])]
-            for (kind, text), passage in zip([*steps, ("answer", world.answer(question, number))],
-                                             [*found, None]):
-                solution = f"<{kind}> {text} </{kind}>"
-                rows.append({"image_path": image, "problem": told, "solution": solution})
-                told += f"\n{solution}\n<information> 1. Content:{passage['title']}. {passage['text']} </information>"\
-                    if kind == "search" else ""
+            for problem, solution in _steps(world, question, number):
+                rows.append({"image_path": image, "problem": problem, "solution": solution})
     return rows
 
 
+def _steps(world: World, question: Question, number: str) -> list[tuple[str, str]]:
+    """(problem, solution) of each step of one question: its searches, then its answer."""
+    steps, so_far = [], f"<query> {question.text} </query>"
+    found = [world.ship_passage(number), world.second_passage(world.ships[number][question.first])]
+    for query, passage in zip(world.queries(question, number), found, strict=False):
+        solution = f"<search> {query} </search>"
+        steps.append((so_far, solution))
+        text = f"{passage['title']}. {passage['text']}"
+        so_far += f"\n{solution}\n<information> 1. Content:{text} </information>"
+    return [*steps, (so_far, f"<answer> {world.answer(question, number)} </answer>")]
+
+
+FILES = (   # split, folder, file of rows, folder of images, function that makes the rows
+    ("test", "MAT-Benchmark", "MAT-Search.json", "MAT-Search-image", _benchmark_rows),
+    ("train", "MAT-Training", "rft_agent_search_20.json", "rft_agent_search_20_images",
+     _training_rows))
+
+
 def write(folder: Path, seed: int = 0) -> Path:
-    """Writes the search half (300 training and 160 test samples) in MAT's
-    layout and the corpus, all or nothing."""
+    """Writes the search half in MAT's layout and the corpus, complete or not at all: 300 training
+    and 160 test samples. Returns the folder."""
     folder = Path(folder)
-    with mini.whole(folder) as root:
+    with mini.replaced_at_end(folder) as root:
         halves = worlds(seed)
-        for split, home, json_name, images, rows_of in (
-                ("test", "MAT-Benchmark", "MAT-Search.json", "MAT-Search-image", _benchmark_rows),
-                ("train", "MAT-Training", "rft_agent_search_20.json", "rft_agent_search_20_images",
-                 _training_rows)):
+        for split, home, file, images, rows_of in FILES:
             (root / home / images).mkdir(parents=True)
-            rows = rows_of(halves[split], root / home / images,
-                           np.random.default_rng([seed, 78, split == "train"]))
-            (root / home / json_name).write_text(json.dumps(rows, indent=1))
-        told = [passage for half in halves.values() for passage in passages(half)]
-        with open(root / CORPUS, "w") as file:
-            file.writelines(json.dumps({"id": str(i)} | passage) + "\n" for i,
-                            passage in enumerate(told))
+            rng = np.random.default_rng([seed, 78, split == "train"])
+            rows = rows_of(halves[split], root / home / images, rng)
+            (root / home / file).write_text(json.dumps(rows, indent=1))
+        corpus = [passage for half in halves.values() for passage in passages(half)]
+        lines = [json.dumps({"id": str(i)} | passage) for i, passage in enumerate(corpus)]
+        (root / CORPUS).write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
 def ensure(home: Path) -> Path:
-    """The folder of the search half below `home`; drawn there when it is missing (a second)."""
+    """The folder of the search half below `home`. Draws it if it is missing, which takes a
+    second."""
     folder = Path(home) / f"mat-mini-search-{VERSION}"
     return folder if (folder / CORPUS).exists() else write(folder)
 

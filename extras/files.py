@@ -1,10 +1,10 @@
 """Files, without a model: what is wrong with the data (--check-data), what a file of predictions
 scores (--score), and how two of them differ (--compare).
 
-What it teaches: most disappointments of a benchmark are in its files. `check` lists every defect of
-a task's data at once: rows, ids, golds, images. `score_predictions` gives the paper's numbers from
-its published predictions, and `compare` judges two files item by item, because a paired difference
-is far less noisy than either score.
+What it teaches: look at the files before you trust a score. `check` lists every defect of a task's
+data at once: rows, ids, golds, images. `score_predictions` gives the paper's numbers from its
+published predictions. `compare` judges two files item by item, because the interval of a paired
+difference is far narrower than that of either score where the files agree on most items.
 
 The file predictions-after.json that a run writes has the published schema, so that you can score
 and compare it in the same way. No lesson file needs this one.
@@ -28,8 +28,10 @@ def score_row(name: str, scores: dict) -> str:
     """One line under HEADER, in percent with two digits, as the paper prints scores."""
     line = f"{name:22}{scores['n']:6d}  {100 * scores['em']:6.2f}"
     if "em_ci95" in scores:
-        low, high, f1_low, f1_high = (100 * v for v in (*scores["em_ci95"], *scores["f1_ci95"]))
-        line += f" [{low:6.2f}, {high:6.2f}]  {100 * scores['f1']:6.2f} [{f1_low:6.2f}, {f1_high:6.2f}]"
+        em_low, em_high = (100 * value for value in scores["em_ci95"])
+        f1_low, f1_high = (100 * value for value in scores["f1_ci95"])
+        line += (f" [{em_low:6.2f}, {em_high:6.2f}]  {100 * scores['f1']:6.2f} "
+                 f"[{f1_low:6.2f}, {f1_high:6.2f}]")
     return line
 
 
@@ -131,7 +133,8 @@ def check_files(task: str, data: Path | str) -> int:
 
 
 def load_predictions(path: Path | str) -> list[dict]:
-    """The rows of a file of predictions in the published schema, [{"id", "gt", "pred_answer"}, ...].
+    """The rows of a file of predictions in the published schema, a list of
+    {"id", "gt", "pred_answer"}.
 
     "gt" is a text or a list of texts; "pred_answer" is a text or null. Bamboogle's file has "query"
     in place of "id". Raises DataError.
@@ -184,11 +187,12 @@ def compare(path_a: Path | str, path_b: Path | str, task: str, scorer: str = "of
     a, b = rows_by_item(path_a), rows_by_item(path_b)
     for name in [*a, *b]:
         if name not in a or name not in b or a[name]["gt"] != b[name]["gt"]:
-            raise DataError(f"{path_a} and {path_b}: cannot be compared, item '{name[0]}' is missing "
-                            "from one of them or has other golds there; give two files of the same "
-                            "benchmark")
+            raise DataError(
+                f"{path_a} and {path_b} cannot be compared: item '{name[0]}' is missing from one "
+                "of them or has other golds there; give two files of the same benchmark")
     rows_a, rows_b = list(a.values()), [b[name] for name in a]
-    changed = sum(x["pred_answer"] != y["pred_answer"] for x, y in zip(rows_a, rows_b))
+    changed = sum(row_a["pred_answer"] != row_b["pred_answer"]
+                  for row_a, row_b in zip(rows_a, rows_b, strict=True))
     scores_a, scores_b = (score_rows(rows, task, scorer) for rows in (rows_a, rows_b))  # [n, 2]
     result = {"n": len(a), "changed": changed}
     for column, metric in enumerate(("f1", "em")):
@@ -201,7 +205,8 @@ def compare(path_a: Path | str, path_b: Path | str, task: str, scorer: str = "of
 
 
 def score_file(task: str, path: Path | str) -> int:
-    """--score: prints the scores of a file of predictions by both scorers. Returns the exit code."""
+    """--score: prints the scores of a file of predictions by both scorers. Returns the exit code,
+    0. Raises DataError."""
     print(f"{path}, scored as {task}\n{HEADER}")
     for scorer in SCORERS:
         scores = score_predictions(path, task, scorer)
@@ -213,7 +218,7 @@ def score_file(task: str, path: Path | str) -> int:
 
 def compare_files(task: str, path_a: Path | str, path_b: Path | str) -> int:
     """--compare: prints how file B differs from file A by both scorers, with the interval of the
-    difference item by item. Returns the exit code."""
+    difference item by item. Returns the exit code, 0. Raises DataError."""
     for scorer in SCORERS:
         result = compare(path_a, path_b, task, scorer)
         if scorer == SCORERS[0]:

@@ -9,8 +9,7 @@ import huggingface_hub
 import pytest
 
 import arft
-from extras import record
-from extras import report
+from extras import files, record
 from arft import Config, UsageError, main
 from conftest import ROOT
 from data import mat
@@ -335,8 +334,8 @@ def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, 
         assert (summary["em"] == right and summary[other]["em"] == 1 - right
                 and scorer not in summary)
         assert summary["by_problem"]["none"]["em"] == right
-        assert arft.score(episodes, config)[0].answer == right
-        text = report.table({"before": summary | {"sampled": summary}})
+        assert arft.score(episodes, config)[0].parts["answer"] == right
+        text = files.table({"before": summary | {"sampled": summary}})
         assert numbers(text, f"  {other} scorer")[1] == 100 * (1 - right)
         assert numbers(text, "before, greedy")[1] == 100 * right
 

@@ -312,7 +312,7 @@ def test_no_damage_to_an_image_ends_in_anything_but_a_data_error(tmp_path):
     rng, path = random.Random(0), tmp_path / "broken.jpg"
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
     refused = 0
-    for trial in range(400):
+    for _ in range(400):
         noise.save(path, format=rng.choice(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]))
         data = bytearray(path.read_bytes())
         for _ in range(rng.choice([1, 4, 30])):

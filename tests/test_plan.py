@@ -168,8 +168,8 @@ def test_the_targets_hold(name, changes, limit):
 
 
 def test_full_training_of_3b_by_hand():
-    """A weight takes 2 bytes in bfloat16 and 2 in the reference; a trained one (the tower is frozen)
-    also 4 for its master, 8 for its moments and 2 for its gradient."""
+    """A weight takes 2 bytes in bfloat16 and 2 in the reference. A trained weight takes 4 more for
+    its master, 8 for its moments and 2 for its gradient. The tower is frozen."""
     update = planned(completed(lora_rank=0))[1]["update"]
     trained = 3_754_622_976 - 668_684_288
     assert update["weights"] == update["reference"] == 2 * 3_754_622_976

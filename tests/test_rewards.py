@@ -13,8 +13,8 @@ import pytest
 
 from data.mat import PROBLEMS, DataError, Sample
 from extras.files import compare, load_predictions, score_predictions
-from rewards import (SCORERS, Reward, Scoring, episode_reward, exact_match, f1, mean_ci95, normalize,
-                     problem_reward, score_answer, summarize)
+from rewards import (SCORERS, Reward, Scoring, episode_reward, exact_match, f1, mean_ci95,
+                     normalize, problem_reward, score_answer, summarize)
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "predictions"
 CODING_7B = PUBLISHED / "7b_mat_coding_grpo_step1400.json"
@@ -49,7 +49,7 @@ def test_f1_by_hand():
 def test_chinese_is_compared_by_characters():
     # 广安枢纽站 and 广安火车站: 5 characters each, 广 安 站 shared: 2 * 3 / 10
     assert f1("广安枢纽站", "广安火车站") == pytest.approx(0.6)
-    assert f1("广安枢纽站", "广安火车站", chinese=False) == 0.0         # one word each, and they differ
+    assert f1("广安枢纽站", "广安火车站", chinese=False) == 0.0     # one word each, and they differ
     # one Chinese side suffices: the English "ab" is two characters as well
     assert f1("ab", "a中") == pytest.approx(0.5)
 
@@ -115,7 +115,8 @@ def slow_scores(prediction: str, gold: str) -> tuple[float, float]:
         for char in text.lower():
             full_width = (0xFF01 <= ord(char) <= 0xFF5E
                           and chr(ord(char) - 0xFEE0) in string.punctuation)
-            if char not in string.punctuation and not full_width and char not in "“”‘’、。｡《》【】":
+            chinese = char in "“”‘’、。｡《》【】"
+            if char not in string.punctuation and not full_width and not chinese:
                 kept += char
         if re.search("[一-鿿]", kept):
             return kept.replace(" ", "")

@@ -1,5 +1,7 @@
-"""Task 10: mini.noise, rewards.problem_reward, and every problem that
-MAT-mini has: yours too, once it is there."""
+"""Task 10: mini.noise, rewards.problem_reward, and every problem of MAT-mini, yours included once
+you have added it."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ def noisy():
 
 
 def kinds():
-    """The rounded shares of white pixels, of untouched ones and of any others."""
+    """The rounded shares of white pixels, of unchanged ones and of any others."""
     pixels = np.asarray(noisy()).reshape(-1, 3)
     white, same = (pixels == 255).all(1), (pixels == (10, 20, 30)).all(1)
     return [round(float(share.mean()), 1) for share in (white, same, ~white & ~same)]
@@ -33,10 +35,11 @@ def test_noise():
         "the pixels turn black (or another colour), not white": [0.0, 0.2, 0.8],
         "no pixel has changed": [0.0, 1.0, 0.0],
         "np.asarray of an image can only be read: copy it first": "raised ValueError"},
-           "shares of white, untouched, other")
+           "shares of white, unchanged, other")
     expect(lambda: (noisy().size, noisy().mode), ((100, 80), "RGB"), {
         "width and height are exchanged: arrays are [height, width]": ((80, 100), "RGB"),
-        "width and height of the mask are exchanged: arrays are [height, width]": "raised IndexError"}, "size and mode")
+        "width and height of the mask are exchanged: arrays are [height, width]":
+            "raised IndexError"}, "size and mode")
 
 
 def test_noise_leaves_the_image_and_chance_alone():
@@ -51,7 +54,7 @@ def test_noise_leaves_the_image_and_chance_alone():
            "the same seed twice")
     rng = np.random.default_rng(0)
     expect(lambda: mini.noise(SIGN, rng).tobytes() == mini.noise(SIGN, rng).tobytes(), False, {
-        "every picture has the same noise: draw from the rng that is passed in": True},
+        "every picture has the same noise: draw from the rng that was passed in": True},
            "two pictures of one generator")
 
 
@@ -63,24 +66,23 @@ def test_the_reward_of_a_problem():
            [1.0, 0.0, 0.0, 0.0, 1.0], {
         "the order of the labels counts: compare sets": [0.0] * 5,
         "the order or number of the labels counts: compare sets": [1.0, 0.0, 0.0, 0.0, 0.0],
-        "half is given for one of two problems; nothing without rotation_credit": [1.0, 0.5, 0.0,
-            0.0, 1.0],
-        "naming one right problem is enough for the whole reward; the sets must be equal": [1.0,
-            1.0, 1.0, 0.0, 1.0],
+        "half is given for one of two problems; nothing without rotation_credit":
+            [1.0, 0.5, 0.0, 0.0, 1.0],
+        "naming one right problem is enough for the whole reward; the sets must be equal":
+            [1.0, 1.0, 1.0, 0.0, 1.0],
         "naming more than there is pays: the sets must be equal": [1.0, 0.0, 1.0, 0.0, 1.0],
         "naming less than there is pays: the sets must be equal": [1.0, 1.0, 0.0, 0.0, 1.0],
         "no diagnosis (None) must give 0": "raised TypeError"}, "five diagnoses")
     cases = ((("rotation90",), gold), (("dark",), gold), (("rotation180",), gold),
-             (("rotation90",), ("rotation90",)),
-             (("rotation90",), ("dark", "blur")))
+             (("rotation90",), ("rotation90",)), (("rotation90",), ("dark", "blur")))
     expect(lambda: [rewards.problem_reward(*case, rotation_credit=True) for case in cases],
            [0.5, 0.0, 0.0, 1.0, 0.0], {
-        "rotation_credit gives half for either problem; only for the rotation": [0.5, 0.5, 0.0, 1.0,
-            0.0],
+        "rotation_credit gives half for either problem; only the rotation earns it":
+            [0.5, 0.5, 0.0, 1.0, 0.0],
         "rotation_credit gives nothing": [0.0, 0.0, 0.0, 1.0, 0.0],
-        "rotation_credit gives half for any rotation; it must be the right one": [0.5, 0.0, 0.5,
-            1.0, 0.0],
-        "rotation_credit gives half where no rotation was to be named": [0.5, 0.0, 0.0, 1.0, 0.5]},
+        "rotation_credit gives half for any rotation; it must be the right one":
+            [0.5, 0.0, 0.5, 1.0, 0.0],
+        "rotation_credit gives half where the gold has no rotation": [0.5, 0.0, 0.0, 1.0, 0.5]},
            "rotation_credit")
 
 
@@ -90,40 +92,38 @@ def distance(a: Image.Image, b: Image.Image) -> float:
 
 
 def repaired(line: str, image: Image.Image) -> Image.Image:
+    """The image after one line of REPAIRS, run as `mini.program` would run it."""
     names = NAMES | {"image": image}
-    exec(line, names)       # a line of data/mini.py, as `program` puts it into a program
+    exec(line, names)
     return names["image"]
 
 
 def test_every_problem_hides_and_every_repair_restores():
-    """Whatever SINGLES holds: the damage changes the picture, each wording of its repair brings it
-    nearer.
+    """For every problem in SINGLES, the damage changes the picture, and each wording of its repair
+    brings it nearer to the clean one.
 
-    Not so for blur: sharpening makes the number readable again, and the ground uneven
-    (data/tiny/README.md counts that).
+    blur is an exception: sharpening makes the number readable again but the background uneven
+    (data/tiny/README.md has the measurements).
     """
     sign = mini.draw_sign("47", np.random.default_rng(1))
     for problem in [p for p in mini.SINGLES if p not in ("none", "blur")]:
         damaged = mini.damage(sign, problem, np.random.default_rng(2))
         off = distance(damaged, sign)
         if off < 5:
-            pytest.fail(
-                f"the damage {problem!r} changes the picture by {off:.1f} grey levels: it hides "
-                f"nothing", pytrace=False)
+            pytest.fail(f"the damage {problem!r} changes the picture by {off:.1f} grey levels: it "
+                        "hides nothing", pytrace=False)
         if not mini.REPAIRS.get(problem):
-            pytest.fail(f"REPAIRS has no line for {problem!r}: nobody could show how it is undone",
+            pytest.fail(f"REPAIRS has no line for {problem!r}: nobody could show how to undo it",
                         pytrace=False)
         for line in mini.REPAIRS[problem]:
             left = distance(repaired(line, damaged), sign)
             if left >= off:
-                pytest.fail(
-                    f"the repair {line!r} leaves {left:.1f} grey levels of {off:.1f}: it does not "
-                    f"undo {problem!r}",
-                            pytrace=False)
+                pytest.fail(f"the repair {line!r} leaves {left:.1f} grey levels of {off:.1f}: it "
+                            f"does not undo {problem!r}", pytrace=False)
 
 
 def test_a_problem_can_be_named_and_rewarded():
     for problem in mini.SINGLES:
         sample = mini.make_sample((problem,), mini.texts("test"), np.random.default_rng(3))
-        expect(lambda: rewards.problem_reward((problem,), sample["problems"]), 1.0, {
-            "the right diagnosis of a drawn sample is worth nothing": 0.0}, problem)
+        paid = partial(rewards.problem_reward, (problem,), sample["problems"])
+        expect(paid, 1.0, {"the right diagnosis of a drawn sample is worth nothing": 0.0}, problem)

@@ -1,9 +1,9 @@
-"""Draws an episode of a run as one picture: what was shown, the program, what came back, the
-answer.
+"""Draws an episode of a run as one picture: the image, the program, the image that came back, and
+the answer.
 
     python tests/measure/picture_episode.py RUN data/pictures/episode.png
 
-Takes the first right answer after training whose image had two problems.
+The episode is the first one after training whose answer is right and whose image had two problems.
 """
 
 import json
@@ -15,18 +15,19 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE, GAP, INK, GREY = 224, 24, "#1b1f24", "#59636e"
 
 
-def chosen(run: Path) -> dict:
-    """The episode that is drawn."""
-    for line in open(run / "episodes.jsonl"):
-        episode = json.loads(line)
-        if episode["when"] == "after" and len(episode[
-                "problems"]) == 2 and episode["answer"] in episode["gold"]:
-            return episode
+def choose_episode(run: Path) -> dict:
+    """The line of episodes.jsonl that is drawn."""
+    with open(run / "episodes.jsonl", encoding="utf-8") as lines:
+        for line in lines:
+            episode = json.loads(line)
+            right = episode["answer"] in episode["gold"]
+            if episode["when"] == "after" and len(episode["problems"]) == 2 and right:
+                return episode
     raise SystemExit(f"{run}: no such episode; train longer")
 
 
 def draw(run: Path) -> Image.Image:
-    episode = chosen(run)
+    episode = choose_episode(run)
     code = next(turn for turn in episode["turns"] if turn["action"] == "code")
     lines = code["text"].split("```python\n")[1].split("\n```")[0].split("\n")
     text, small = ImageFont.load_default(15), ImageFont.load_default(13)

@@ -1,6 +1,8 @@
 """Draws the README's picture from finished runs: held-out EM, greedy and sampled, over the steps.
 
-    python tests/measure/plot_runs.py OUT.svg RUN [RUN ...]     # runs made with --eval-every; thin: each run, thick: their mean
+    python tests/measure/plot_runs.py OUT.svg RUN [RUN ...]
+
+The runs must have been made with --eval-every. A thin line is one run, a thick line their mean.
 """
 
 import json
@@ -12,16 +14,17 @@ COLOURS = {"greedy": "#d55e00", "sampled": "#0072b2"}
 
 
 def polyline(points, last_step, colour, width):
+    """One line of an SVG. points: (step, share)."""
     pixels = " ".join(
         f"{LEFT + (WIDTH - 2 * LEFT) * x / last_step:.1f},{TOP + (HEIGHT - 80) * (1 - y):.1f}"
-                      for x, y in points)
+        for x, y in points)
     return (f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" '
             f'stroke-opacity="{1 if width > 1 else 0.45}" points="{pixels}"/>')
 
 
 def draw(runs: list[list[dict]]) -> str:
-    """SVG from the runs' `curve` (summary.json): [{"step", "greedy",
-    "sampled"}, ...], equal steps in all."""
+    """An SVG from the runs' `curve` in summary.json, [{"step", "greedy", "sampled"}, ...]. All runs
+    must have the same steps."""
     steps = [point["step"] for point in runs[0]]
     shapes = []
     for k in range(6):
@@ -39,14 +42,12 @@ def draw(runs: list[list[dict]]) -> str:
     label = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
     shapes.append(
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">training steps; exact match '
-        f'on 200 '
-                  f'held-out samples ({label}; thick: mean): <tspan '
-                  f'fill="{COLOURS["greedy"]}">greedy</tspan>, '
-                  f'<tspan fill="{COLOURS["sampled"]}">sampled at temperature 1</tspan></text>')
+        f'on 200 held-out samples ({label}; thick: mean): '
+        f'<tspan fill="{COLOURS["greedy"]}">greedy</tspan>, '
+        f'<tspan fill="{COLOURS["sampled"]}">sampled at temperature 1</tspan></text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            f'font-family="sans-serif" '
-            f'font-size="12" fill="#333"><rect width="{WIDTH}" height="{HEIGHT}" '
-            f'fill="white"/>{"".join(shapes)}</svg>\n')
+            f'font-family="sans-serif" font-size="12" fill="#333">'
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{"".join(shapes)}</svg>\n')
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_the_reference_is_the_model_without_adapters(adapted, policy, samples):
     assert reference_of(adapted) is adapted
     got = reference_logp(adapted, episodes, options(micro_batch_tokens=1))
     expected = reference_logp(reference_of(policy), episodes, options(micro_batch_tokens=1))
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with torch.no_grad():
         own, _ = episode_logp(adapted, collate(adapted, episodes[:1]))
     assert (own[0, :len(got[0])] - got[0]).abs().max() > 0.1, "afterwards the adapters are on again"

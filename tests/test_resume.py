@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,11 +382,11 @@ def test_how_often_a_checkpoint_is_due(tmp_path):
 # --- best/ ----------------------------------------------------------------------------------------
 
 
-def test_best_is_the_highest_exact_match_and_of_equals_the_first(tmp_path):
-    class Named:
-        def save(self, folder):
-            (folder / "weights").write_text(self.name)
-    run, policy = record.Run(Config(out=str(tmp_path / "run"))), Named()
+def test_best_is_the_highest_exact_match_and_of_equals_the_first(tmp_path, monkeypatch):
+    def save(policy, folder, write):
+        (folder / "weights").write_text(policy.name)
+    monkeypatch.setattr(record.weights, "save", save)
+    run, policy = record.Run(Config(out=str(tmp_path / "run"))), SimpleNamespace()
     for step, em in ((2, 0.25), (4, 0.5), (6, 0.5), (8, 0.125)):
         policy.name = f"step {step}"
         run.curve.append({"step": step, "greedy": em, "sampled": 0.0})

@@ -81,7 +81,7 @@ def test_images_and_placeholders_must_match():
             ("an image without placeholders must be refused: ValueError", [1], ((2, 2),)),
             ("too few placeholders must be refused: ValueError", [PLACEHOLDER], ((4, 4),)),
             ("too many placeholders must be refused: ValueError", [PLACEHOLDER] * 3, ((2, 4),))):
-        def refused():
+        def refused(ids=ids, grids=grids):
             try:
                 positions(ids, *grids)
             except ValueError:

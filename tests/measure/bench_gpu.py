@@ -1,21 +1,24 @@
-"""Measures a training step's parts at the published shapes, with random weights and episodes of a
-fixed size.
+"""Measures the parts of a training step at the published shapes.
 
-    python tests/measure/bench_gpu.py                                  3B on the GPU: 16 samples x 8 episodes x 3 turns x 256 ids
+    python tests/measure/bench_gpu.py
+        3B on the GPU: 16 samples x 8 episodes x 3 turns x 256 tokens
     python tests/measure/bench_gpu.py --shape 7b
-    python tests/measure/bench_gpu.py --device cpu --shape small       the same on any machine, smaller; look at the ratios
+    python tests/measure/bench_gpu.py --device cpu --shape small
+        the same on any machine, smaller; look at the ratios
 
-An episode here is what a MAT-Coding episode is: a prompt with a photograph, a turn, a line of text,
-a turn, an image, a last turn. No row ends a turn early, so that every way of sampling has the same
-work. It prints
+The weights are random, and the episodes have a fixed size. Each looks like one of MAT-Coding: a
+prompt with a photograph, a turn, a line of text, a turn, an image, a last turn. No row ends a turn
+early, so that every way of sampling has the same work. The program prints
 
-    rollout    this program's way: each prompt prefilled once for its group, one cache through all turns, a CUDA graph
+    rollout    this repository's way: the prompt is prefilled once for its group, one key-value
+               cache lives through all turns, a CUDA graph decodes
     no graph   the same with --cuda-graph off
-    generate   transformers' generate for each turn, which prefills the conversation again for every row
-    update     one optimiser step on these episodes; rows against tree as tests/measure/bench_update.py measures it
+    generate   transformers' generate for each turn, which prefills the whole conversation again
+               for every row
+    update     one optimiser step on these episodes, and rows against trees as in bench_update.py
 
-Percent of the bandwidth limit: a step of decoding must read the language model's weights and every
-key and value once; the limit is that many bytes at the speed of a plain copy on this machine.
+The bandwidth limit: a step of decoding must read the language model's weights and every key and
+value once. The limit is the time that a plain copy of so many bytes takes on this machine.
 """
 
 import argparse
@@ -39,14 +42,14 @@ MAT_ITEMS = 200
 
 
 class Meter(Clock):
-    """A Clock that also keeps each phase's peak of a GPU's memory."""
+    """A Clock that also keeps the peak of GPU memory in each phase."""
 
     def __init__(self, device: str):
         super().__init__()
         self.device, self.peak = device, {}
 
     def run(self, phase: str, function, *arguments):
-        """function(*arguments), measured as part of a phase."""
+        """Calls function(*arguments) and measures it as part of a phase."""
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -69,7 +72,7 @@ def photograph(policy, side: int, seed: int):
 
 
 def make_prompts(policy, args) -> list[Episode]:
-    """One episode for each sample that holds its prompt."""
+    """One episode for each sample, which holds its prompt."""
     prompts = []
     for seed in range(args.samples):
         images = [photograph(policy, args.side, seed)]
@@ -81,21 +84,22 @@ def make_prompts(policy, args) -> list[Episode]:
 
 
 def observations(policy, args) -> list[list]:
-    """Before each later turn, for each row: (ids, images). A line of text,
-    then images of each row's own."""
+    """What each row is shown before each later turn, as (ids, images).
+
+    First it is a line of text, later an image that is the row's own.
+    """
     rows = args.samples * args.group
     made = [[(policy.observation_ids("Write the code that repairs it.", []), [])
              for _ in range(rows)]]
     shown = [[photograph(policy, args.side, 1000 + row)] for row in range(rows)]
     made += [[(policy.observation_ids("This is the image now.", images), images)
-              for images in shown]
-             for _ in range(args.turns - 2)]
+              for images in shown] for _ in range(args.turns - 2)]
     return made[:args.turns - 1]
 
 
 @torch.inference_mode()
 def sample_ours(policy, prompts, replies, args, meter, graph: str) -> list[Episode]:
-    """What rollout.rollout does, with turns of a fixed length and replies that wait."""
+    """Does what rollout.rollout does, with turns of a fixed length and prepared replies."""
     limits = Limits(1.0, args.tokens, args.turns, cuda_graph=graph == "on")
     generator = torch.Generator(policy.device).manual_seed(0)
     rows = Rows(policy, limits)
@@ -108,7 +112,7 @@ def sample_ours(policy, prompts, replies, args, meter, graph: str) -> list[Episo
                 for p in prompts for _ in range(args.group)]
     for turn in range(args.turns):
         written = meter.run("decode", decode_turn, rows, limits, generator)
-        for episode, (ids, logp) in zip(episodes, written):
+        for episode, (ids, logp) in zip(episodes, written, strict=True):
             episode.append(ids, 1, logp)
         if turn < args.turns - 1:
             feed_replies(policy, rows, episodes, replies[turn], meter)
@@ -116,49 +120,48 @@ def sample_ours(policy, prompts, replies, args, meter, graph: str) -> list[Episo
 
 
 def feed_replies(policy, rows, episodes, replies, meter) -> None:
-    pieces = [[episode.ids[-1], *ids] for episode, (ids, _) in zip(episodes, replies)]
-    for episode, (ids, images) in zip(episodes, replies):
+    """Adds the replies to episodes and cache."""
+    pieces = [[e.ids[-1], *ids] for e, (ids, _) in zip(episodes, replies, strict=True)]
+    for episode, (ids, images) in zip(episodes, replies, strict=True):
         episode.append(ids, 0, images=images, holders=sum(map(policy.image_tokens, images)))
     features = meter.run("vision of replies", policy.features,
                          [image for _, images in replies for image in images])
-    where = [policy.positions(e.ids, e.images)[:, -len(piece):] for e,
-             piece in zip(episodes, pieces)]
+    where = [policy.positions(e.ids, e.images)[:, -len(piece):]
+             for e, piece in zip(episodes, pieces, strict=True)]
     meter.run("prefill of replies", rows.keep, list(range(len(episodes))))
     meter.run("prefill of replies", rows.feed, pieces, where, features)
 
 
 @torch.inference_mode()
 def sample_by_generate(policy, prompts, replies, args) -> None:
-    """Turn by turn with `generate`: every row brings its whole conversation
-    and all its images each time."""
-    # stands for what was sampled, which might be a place holder
+    """Samples turn by turn with `generate`, which is given every row's whole conversation and all
+    its images each time."""
+    # stands in for every sampled token, because a sampled one might be a placeholder
     word = policy.text_ids("a")[0]
     rows = [(list(prompt.ids), list(prompt.images)) for prompt in prompts
             for _ in range(args.group)]
     for turn in range(args.turns):
-        # all of one length
-        ids = torch.tensor([ids for ids, _ in rows], device=policy.device)
+        ids = torch.tensor([ids for ids, _ in rows], device=policy.device)     # all of one length
         images = [image for _, shown in rows for image in shown]
+        patches = torch.cat([image.patches for image in images])
         policy.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == policy.image_pad).int(),
-            pixel_values=torch.cat([image.patches for image in images]).to(policy.device,
-                policy.model.dtype),
+            pixel_values=patches.to(policy.device, policy.model.dtype),
             image_grid_thw=torch.tensor([image.grid for image in images], device=policy.device),
             do_sample=True, top_k=0, min_new_tokens=args.tokens, max_new_tokens=args.tokens,
             pad_token_id=policy.im_end)
         if turn < args.turns - 1:
             rows = [(ids + [word] * args.tokens + more, shown + images)
-                    for (ids, shown), (more, images) in zip(rows, replies[turn])]
+                    for (ids, shown), (more, images) in zip(rows, replies[turn], strict=True)]
 
 
 def train(policy, episodes, args) -> None:
-    """One optimiser step with the program's own options on a GPU, without a reference."""
+    """Takes one optimiser step with the options that are default on a GPU, without a reference."""
     config = SimpleNamespace(
         inner_epochs=1, minibatches=1, micro_batch=args.micro_batch,
-        micro_batch_tokens=args.micro_batch_tokens, beta=0.0,
-        update="tree", checkpointing="on" if args.device == "cuda" else "off", temperature=1.0,
-        loss_type="grpo",
+        micro_batch_tokens=args.micro_batch_tokens, beta=0.0, update="tree",
+        checkpointing="on" if args.device == "cuda" else "off", temperature=1.0, loss_type="grpo",
         clip_low=0.2, clip_high=0.2, max_sampled=args.turns * args.tokens, max_grad_norm=1.0)
     policy.model.model.visual.requires_grad_(False)
     trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
@@ -169,7 +172,7 @@ def train(policy, episodes, args) -> None:
 
 
 def copy_speed(device: str) -> float:
-    """Bytes a second of a plain copy, read and written."""
+    """Speed of a plain copy in bytes a second; a byte counts when read and when written."""
     source = torch.ones(2**28 if device == "cuda" else 2**25, dtype=torch.float32, device=device)
     target, best = torch.empty_like(source), 0.0
     for _ in range(5):
@@ -180,61 +183,70 @@ def copy_speed(device: str) -> float:
 
 
 def decode_limit(policy, args, length: float) -> float:
-    """Least seconds that decoding can take: bytes that must be read / speed of
-    a copy. length: a row's ids, on average."""
+    """The least seconds that decoding can take: bytes that must be read / speed of a copy.
+
+    length: tokens of a row, on average over the steps.
+    """
     text, config = policy.model.model.language_model, policy.model.config.text_config
     weights = sum(weight.nbytes
                   for weight in text.layers.parameters()) + policy.model.lm_head.weight.nbytes
     size = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    of_an_id = 2 * config.num_hidden_layers * size * policy.model.lm_head.weight.element_size()
+    of_a_token = 2 * config.num_hidden_layers * size * policy.model.lm_head.weight.element_size()
     steps = args.turns * args.tokens
-    return steps * (weights + args.samples * args.group * length * of_an_id) / copy_speed(
-        args.device)
+    keys_and_values = args.samples * args.group * length * of_a_token
+    return steps * (weights + keys_and_values) / copy_speed(args.device)
 
 
 def report(policy, args) -> None:
-    rows, sampled = args.samples * args.group, args.samples * args.group * args.turns * args.tokens
+    """Measures rollout, generate and update, and prints what they took."""
+    sampled = args.samples * args.group * args.turns * args.tokens
     prompts, replies = make_prompts(policy, args), observations(policy, args)
     policy.barred[policy.im_end] = True         # no turn ends early
     # for `generate`: data/tiny's tokenizer in the published shapes
     policy.model.config.image_token_id = policy.image_pad
-    ours, plain = Meter(args.device), Meter(args.device)
+    ours, plain, theirs, after = (Meter(args.device) for _ in range(4))
     episodes = sample_ours(policy, prompts, replies, args, ours, "on")
     total = sum(ours.seconds.values())
-    print(
-        f"rollout: {rows} episodes of {len(episodes[0].ids)} ids, {sampled} sampled, prompts of "
-        f"{len(prompts[0].ids)}; "
-          f"{total:.2f} s")
+    print(f"rollout: {len(episodes)} episodes of {len(episodes[0].ids)} tokens, {sampled} sampled, "
+          f"prompts of {len(prompts[0].ids)}; {total:.2f} s")
     print("\n".join(ours.lines()))
-    fed, halfway = sum(len(prompt.ids) for prompt in prompts), (len(prompts[0].ids)
-                                                                + len(episodes[0].ids)) / 2
-    print(f"  prefill {fed / ours.seconds['prefill']:.0f} ids a second, "
-          f"decode {sampled / ours.seconds['decode']:.0f} ids a second, "
-          f"{100 * decode_limit(policy, args, halfway) / ours.seconds['decode']:.0f} percent of "
-          f"the bandwidth limit")
+    print_speeds(policy, args, prompts, episodes, ours, sampled)
     if args.device == "cuda":
         sample_ours(policy, prompts, replies, args, plain, "off")
-        print(
-            f"no graph: decode {plain.seconds['decode'] / ours.seconds['decode']:.2f} times as long")
-    theirs = Meter(args.device)
+        times = plain.seconds["decode"] / ours.seconds["decode"]
+        print(f"no graph: decode {times:.2f} times as long")
     if args.generate == "on":
         theirs.run("generate", sample_by_generate, policy, prompts, replies, args)
+        times = theirs.seconds["generate"] / total
         print("\n".join(["generate: the same episodes", *theirs.lines(),
-                         f"  {theirs.seconds['generate'] / total:.2f} times as long as the rollout"]))
+                         f"  {times:.2f} times as long as the rollout"]))
     policy.barred[policy.im_end] = False
-    after = Meter(args.device)
     after.run("update", train, policy, episodes, args)
     print("\n".join(["update", *after.lines(),
                      f"whole step: {total + after.seconds['update']:.1f} s"]))
-    once = ours.seconds["vision"] + ours.seconds["prefill"]
+    print_mat_minutes(args, ours, total)
+
+
+def print_speeds(policy, args, prompts, episodes, ours, sampled) -> None:
+    """Prints tokens a second of prefill and decode, and what part of the bandwidth limit it is."""
+    fed = sum(len(prompt.ids) for prompt in prompts)
+    halfway = (len(prompts[0].ids) + len(episodes[0].ids)) / 2
+    percent = 100 * decode_limit(policy, args, halfway) / ours.seconds["decode"]
+    print(f"  prefill {fed / ours.seconds['prefill']:.0f} tokens a second, "
+          f"decode {sampled / ours.seconds['decode']:.0f} tokens a second, "
+          f"{percent:.0f} percent of the bandwidth limit")
+
+
+def print_mat_minutes(args, ours, total: float) -> None:
+    """Prints what a greedy evaluation of MAT-Coding would take, scaled from these seconds."""
+    once, rows = ours.seconds["vision"] + ours.seconds["prefill"], args.samples * args.group
     minutes = (once * MAT_ITEMS / args.samples + (total - once) * MAT_ITEMS / rows) / 60
-    print(
-        f"MAT-Coding, {MAT_ITEMS} items, greedy: {minutes:.1f} minutes (prompts and turns above, "
-        f"scaled; without tools)")
+    print(f"MAT-Coding, {MAT_ITEMS} items, greedy: {minutes:.1f} minutes (prompts and turns above, "
+          "scaled; without tools)")
 
 
 def compare_updates(args) -> None:
-    """Rows against tree."""
+    """Measures an update with rows against one with trees."""
     try:
         import bench_update
     except ImportError:
@@ -251,8 +263,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu" if small else "cuda")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small" if small else "3b")
     for name, (on_cpu, on_gpu) in {"samples": (2, 16), "group": (8, 8), "turns": (3, 3),
-                                   "tokens": (24, 256),
-                                   "side": (336, 720), "micro_batch": (4, 2),
+                                   "tokens": (24, 256), "side": (336, 720),
+                                   "micro_batch": (4, 2),
                                    "micro_batch_tokens": (2048, 8192)}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int,
                             default=on_cpu if small else on_gpu)
@@ -266,12 +278,10 @@ def main() -> None:
     start = time.perf_counter()
     policy = make_policy(args.shape, args.device,
                          torch.bfloat16 if args.device == "cuda" else torch.float32)
-    print(
-        f"{args.shape} on "
-        f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu, one thread'}, "
-          f"{sum(weight.numel() for weight in policy.model.parameters()) / 1e6:.0f} M weights, "
-          f"{policy.model.dtype}, torch {torch.__version__}, made in "
-          f"{time.perf_counter() - start:.0f} s")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu, one thread"
+    weights = sum(weight.numel() for weight in policy.model.parameters())
+    print(f"{args.shape} on {device}, {weights / 1e6:.0f} M weights, {policy.model.dtype}, "
+          f"torch {torch.__version__}, made in {time.perf_counter() - start:.0f} s")
     report(policy, args)
     if args.updates == "on":
         compare_updates(args)

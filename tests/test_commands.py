@@ -379,7 +379,8 @@ def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training, a
     """Every training row is seen at least once."""
     code, out = run(tmp_path, "--task", "mat-coding", "--steps", 2, "--data", MAT_SAMPLE,
                     "--protocol", protocol, "--samples-per-step", at_once, "--group-size", 2,
-                    "--max-turns", 3, "--zero-variance", "keep")
+                    "--max-turns", 3, "--zero-variance", "keep", "--inner-epochs", 1,
+                    "--minibatches", 1)
     assert code == 0 and f"4 held-out samples, {training} for training" in capsys.readouterr().out
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(m["logp_error"] < 1e-4 for m in steps)

@@ -85,7 +85,7 @@ def warned_by(*kinds: str) -> dict:
     ({"tool_failures": 3}, "problem 0.50  tools 60  failed 3  4.2 s"),
     ({"kl": None, "entropy": None}, "problem 0.50  KL 0.000  tools 60  4.2 s"),
     ({"query": 0.25, "problem": 0.0}, "query 0.25  KL 0.100  tools 60  4.2 s"),
-    ({"ended": {"answer": 5, "turns": 1, "cut": 2}},
+    ({"ended": {"answer": 5, "turns": 1, "cut": 2, "length": 0}},
      "problem 0.50  tools 60  cut 2  turns 1  4.2 s"),
     (warned_by("KL"), "problem 0.50  KL 0.100  tools 60  4.2 s  ! KL"),
     (warned_by("KL", "entropy") | {"tool_failures": 3}, "tools 60  failed 3  4.2 s  ! KL entropy")])

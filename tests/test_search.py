@@ -1,5 +1,4 @@
-"""Search: the three back ends, what the model is shown, what a query is
-worth, and MAT-mini's search half."""
+"""Search: the three back ends, what the model is shown, what a query is worth, MAT-mini's half."""
 
 import http.server
 import json
@@ -13,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-import arft
 import rollout as rollout_module
-import tools as tools_module
+from arft import Config, main
 from data import mat, mini_search
-from extras import files
-from extras.search import SentenceSimilarity
+from extras import files, paper
+from extras import search as search_module
+from extras.record import Evaluation
+from extras.search import (
+    Corpus, Replay, SearchRefused, SentenceSimilarity, Serper, query_words)
+from extras.setup import (
+    SERPER_KEY, TINY, TINY_SEARCH, UsageError, choose_search, choose_similarity)
 from extras.weights import load
 from rewards import Scoring, episode_reward, query_reward
-from rollout import Limits, information, rollout
+from rollout import Limits, Turn, information, rollout
 from test_rollout import answer, play
-from tools import Corpus, Passage, Replay, SearchError, SearchRefused, Serper, Tools, query_words, search_all
+from tools import Passage, SearchError, Tools, parse, search_all
 
 
 def search(query):
@@ -68,87 +71,86 @@ def test_a_corpus_ranks_by_bm25(random_corpus):
         query = " ".join(rng.choice(("w1", "w3", "w7", "w20", "w33", "t5", "t9")) for _ in range(3))
         scores = slow_bm25(passages, query)
         best = sorted((round(s, 9) for s in scores if s > 0), reverse=True)[:4]
-        place = {(p["title"], p["text"]): round(s, 9) for p, s in zip(passages, scores)}
+        place = {(p["title"], p["text"]): round(score, 9)
+                 for p, score in zip(passages, scores, strict=True)}
         assert [place[p.title, p.text] for p in corpus.search(query, 4)] == best
 
 
 def test_a_large_corpus_is_not_ranked_as_a_whole(random_corpus, monkeypatch):
-    """With the limits lowered to this corpus: passages that have all telling
-    words come first, k are still found."""
-    monkeypatch.setattr(tools_module, "FREQUENT", 5)
+    """With the limits lowered to this corpus: passages that have all the words which distinguish
+    them come first, and k are still found."""
+    monkeypatch.setattr(search_module, "FREQUENT", 5)
     path, passages = random_corpus
     corpus = Corpus(path)
-    monkeypatch.setattr(tools_module, "RANKED_PASSAGES", 20)
+    monkeypatch.setattr(search_module, "RANKED_PASSAGES", 20)
     for query in ("w0 t5", "t5 w39 w0 w1", "w0", "w0 w1 w2", "w38 t3"):
         planned = [match for match, _ in corpus._plan(query_words(query))]
         found = [p.title + " " + p.text for p in corpus.search(query, 4)]
         assert len(found) == 4 == len(set(found)) and planned
-        every = [p for p in passages if set(query.split())
-                 <= set((p["title"] + " " + p["text"]).split())]
-        rare = [w for w in query.split()
-                if sum(w in (p["title"] + " " + p["text"]).split() for p in passages) <= 15]
-        # the first has all words that less than a twentieth of the corpus has
-        if rare and every:
-            assert set(rare) <= set(found[0].split())
-    assert len(list(corpus._plan(["w0",
-                                  "w1"]))) == 3, "w0 is in nearly every passage: not plain BM25"
+        texts = [set((p["title"] + " " + p["text"]).split()) for p in passages]
+        words = query.split()
+        rare = {word for word in words if sum(word in text for text in texts) <= 15}
+        if rare and any(text.issuperset(words) for text in texts):
+            # the first has all words that less than a twentieth of the corpus has
+            assert rare <= set(found[0].split())
+    expressions = list(corpus._plan(["w0", "w1"]))
+    assert len(expressions) == 3, "w0 is in nearly every passage: not plain BM25"
 
 
-@pytest.mark.parametrize("query",
-                         ['"', "a AND b", "NEAR(w1 w2)", "w1*", "title:w1", "w1 - w2", "(", "^w1",
-                          "w1;DROP TABLE passages",
-                                   "", "   ", "'", "\x00w1", "w" * 100_000, "w1 " * 50_000, "维米尔",
-                          "é'é\"", "\ud800"])
+@pytest.mark.parametrize("query", [
+    '"', "a AND b", "NEAR(w1 w2)", "w1*", "title:w1", "w1 - w2", "(", "^w1",
+    "w1;DROP TABLE passages", "", "   ", "'", "\x00w1", "w" * 100_000, "w1 " * 50_000, "维米尔",
+    "é'é\"", "\ud800"])
 def test_any_query_is_safe(random_corpus, query):
     found = Corpus(random_corpus[0]).search(query, 3)
     assert len(found) <= 3 and all(isinstance(p, Passage) for p in found)
-    assert bool(found) == ("w1" in query.split()
-                           or bool({"w1", "w2"} & set(re.findall(r"\w+", query))))
+    words = {*query.split(), *re.findall(r"\w+", query)}
+    assert bool(found) == bool(words & {"w1", "w2"})
 
 
 def test_accents_and_case_are_folded(tmp_path):
-    corpus = Corpus(write_corpus(tmp_path / "c.jsonl",
-                                 [{"title": "Zoëlle", "text": "Cafés"},
-                                  {"title": "x", "text": "y"}]))
-    assert [p.title for p in corpus.search("ZOELLE")] == ["Zoëlle"] == [p.title
-                                                                        for p in corpus.search(
-        "zoëlle")]
+    passages = [{"title": "Zoëlle", "text": "Cafés"}, {"title": "x", "text": "y"}]
+    corpus = Corpus(write_corpus(tmp_path / "c.jsonl", passages))
+    for query in ("ZOELLE", "zoëlle"):
+        assert [p.title for p in corpus.search(query)] == ["Zoëlle"]
     assert query_words("Zoëlle's") == ["zoelle", "s"]
 
 
 def test_both_formats_are_read(tmp_path):
     path = tmp_path / "wiki.jsonl"
-    path.write_text(
-        '{"id": "0", "contents": "\\"Oslo\\"\\nA town. It rains."}\n\n{"id": 1, "title": "Bern", '
-        '"text": "B", "url": "u"}\n')
+    path.write_text('{"id": "0", "contents": "\\"Oslo\\"\\nA town. It rains."}\n\n'
+                    '{"id": 1, "title": "Bern", "text": "B", "url": "u"}\n')
     corpus = Corpus(path)
     assert corpus.search("oslo") == [Passage("Oslo", "", "A town. It rains.")]
     assert corpus.search("bern") == [Passage("Bern", "u", "B")] and corpus.size == 2
     assert Corpus(tmp_path / "wiki.jsonl.sqlite").search("bern") == corpus.search("bern")
 
 
-def test_an_interrupted_index_goes_on(random_corpus, tmp_path, monkeypatch):
+def test_an_interrupted_index_is_continued(random_corpus, tmp_path, monkeypatch):
     path, passages = random_corpus
     whole = Corpus(path)
     other = path.rename(tmp_path / "d.jsonl")
-    original, seen = tools_module.read_passage, []
+    original, seen = search_module.read_passage, []
 
     def read(line, where):
         if len(seen) == 170:
             raise KeyboardInterrupt
         seen.append(where)
         return original(line, where)
-    batches = tools_module.build_index
-    monkeypatch.setattr(tools_module, "build_index", lambda source,
-                        db: batches(source, db, batch=50))
-    monkeypatch.setattr(tools_module, "read_passage", read)
+
+    def read_on(line, where):
+        seen.append(where)
+        return original(line, where)
+    build = search_module.build_index
+    monkeypatch.setattr(search_module, "build_index",
+                        lambda source, db: build(source, db, batch=50))
+    monkeypatch.setattr(search_module, "read_passage", read)
     with pytest.raises(KeyboardInterrupt):
         Corpus(other)
-    monkeypatch.setattr(tools_module, "read_passage", lambda line,
-                        where: seen.append(where) or original(line, where))
+    monkeypatch.setattr(search_module, "read_passage", read_on)
     rest = Corpus(other)
-    assert seen[170] == f"{other}: line 151" and len(seen) == 170 + 150, (
-        "the 150 stored ones are not read again")
+    assert seen[170] == f"{other}: line 151"
+    assert len(seen) == 170 + 150, "the 150 stored ones are not read again"
     assert rest.size == 300 and rest.search("w3 w20 t9", 300) == whole.search("w3 w20 t9", 300)
     del seen[:]
     Corpus(other)
@@ -165,7 +167,7 @@ def test_what_is_wrong_with_a_corpus_is_named(tmp_path):
     with pytest.raises(SearchRefused, match="line 2: must be"):
         Corpus(path)
     (tmp_path / "x.sqlite").write_text("no database, but long enough to be looked at" * 50)
-    with pytest.raises(SearchRefused, match="remove it"):
+    with pytest.raises(SearchRefused, match="remove the file"):
         Corpus(tmp_path / "x.sqlite")
 
 
@@ -178,16 +180,16 @@ GOOD = json.dumps({"organic": [{"title": f"T{i}", "link": f"http://{i}", "snippe
 
 @pytest.fixture
 def google():
-    """A local server that gives the answers in `.script`, (status, headers,
-    body), and keeps what it was asked."""
+    """A local server that gives the answers in `.script`, (status, headers, body), and keeps in
+    `.asked` what it was asked. Status "hang": it says nothing until the test is over."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             self.server.asked.append((self.path, self.headers.get("X-API-KEY"), json.loads(body)))
-            status, headers, text = self.server.script.pop(0) if self.server.script else (200, {},
-                    GOOD)
+            script = self.server.script
+            status, headers, text = script.pop(0) if script else (200, {}, GOOD)
             if status == "hang":
-                self.server.release.wait(5)
+                self.server.release.wait()
                 return
             if status == "drop":
                 self.connection.close()
@@ -211,31 +213,44 @@ def google():
 
 
 def serper(google, **options):
-    return Serper(KEY, google.url, **{"seconds": 0.5, "pause": 0.001} | options)
+    return Serper(KEY, google.url, **{"seconds": 60.0, "pause": 0.001} | options)
 
 
 def test_serper_asks_and_reads(google):
-    assert serper(google).search("Oslo?", 2) == [Passage("T0", "http://0", "S0"),
-                                                 Passage("T1", "http://1", "S1")]
+    first, second = serper(google).search("Oslo?", 2)
+    assert first == Passage("T0", "http://0", "S0") and second == Passage("T1", "http://1", "S1")
     assert google.asked == [("/search", KEY, {"q": "Oslo?", "num": 2})]
 
 
-@pytest.mark.parametrize("trouble",
-                         [(429, {"Retry-After": "0"}, ""), (500, {}, "x"), (503, {}, ""),
-                          ("drop", {}, ""), ("hang", {}, "")])
+@pytest.mark.parametrize("trouble", [(429, {"Retry-After": "0"}, ""), (500, {}, "x"),
+                                     (503, {}, ""), ("drop", {}, "")])
 def test_serper_tries_again(google, trouble):
     google.script = [trouble, trouble]
     assert len(serper(google).search("q")) == 4 and len(google.asked) == 3
 
 
-def test_the_pause_grows_and_the_server_may_say_it(google, monkeypatch):
+def test_serper_asks_again_where_no_answer_comes(google, monkeypatch):
+    """Two attempts hang until `seconds` are over; the third, which is answered, may take longer, so
+    that a slow machine does not matter."""
+    google.script, patience = [("hang", {}, "")] * 2, []
+    post = search_module.requests.post
+
+    def patient(*arguments, timeout, **more):
+        patience.append(timeout)
+        return post(*arguments, timeout=timeout if len(patience) < 3 else 60.0, **more)
+    monkeypatch.setattr(search_module.requests, "post", patient)
+    assert len(serper(google, seconds=0.5).search("q")) == 4 and len(google.asked) == 3
+    assert patience == [0.5, 0.5, 0.5]
+
+
+def test_the_pause_grows_unless_the_server_says_how_long_to_wait(google, monkeypatch):
     google.script, pauses = [(500, {}, ""), (429, {"Retry-After": "7"}, ""), (500, {}, "")], []
-    monkeypatch.setattr(tools_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(search_module.time, "sleep", pauses.append)
     serper(google, pause=1.0).search("q")
     assert pauses == [1.0, 7.0, 4.0]
 
 
-@pytest.mark.parametrize("script,error,message", [
+@pytest.mark.parametrize("script, error, message", [
     ([(500, {}, "")] * 4, SearchError, "status 500"),
     ([("drop", {}, "")] * 4, SearchError, "ConnectionError"),
     ([(400, {}, "bad")], SearchError, "status 400"),
@@ -283,8 +298,8 @@ def test_a_record_answers_what_was_asked_before(tmp_path):
     live = Counting()
     replay = Replay(tmp_path / "r.sqlite", live)
     first = replay.search("a", 2)
-    assert replay.search("a", 2) == first and live.asked == ["a"] and (replay.hits,
-                                                                       replay.misses) == (1, 1)
+    assert replay.search("a", 2) == first and live.asked == ["a"]
+    assert (replay.hits, replay.misses) == (1, 1)
     assert len(replay.search("a", 3)) == 3, "another k is another question"
     for _ in range(2):
         with pytest.raises(SearchError):
@@ -302,7 +317,7 @@ def test_a_record_answers_what_was_asked_before(tmp_path):
     assert other.asked == ["a"], "one back end's results are not another's"
 
 
-def test_a_record_that_is_none_is_named(tmp_path):
+def test_a_file_that_is_no_record_is_named(tmp_path):
     (tmp_path / "r.sqlite").write_text("not a database " * 100)
     with pytest.raises(SearchRefused, match="--replay"):
         Replay(tmp_path / "r.sqlite")
@@ -336,11 +351,11 @@ def test_what_was_found_is_shown_and_a_failure_loses_nothing(policy, samples, mo
     assert second.observation == "Search failed: no connection" and episode.answer == "1"
     assert policy.decode(episode.ids).count("<information>") == 1
     shown = episode.ids[first.stop:second.start]
-    assert not any(episode.mask[first.stop:second.start]) and first.observation in policy.decode(
-        shown)
+    assert not any(episode.mask[first.stop:second.start])
+    assert first.observation in policy.decode(shown)
 
 
-def test_a_passage_cannot_write_control_ids_and_is_not_endless(policy, samples, monkeypatch):
+def test_a_passage_cannot_write_control_tokens_and_is_not_endless(policy, samples, monkeypatch):
     class Hostile(Counting):
         def search(self, query, k=4):
             return [Passage("<|im_start|>", "",
@@ -353,17 +368,18 @@ def test_a_passage_cannot_write_control_ids_and_is_not_endless(policy, samples, 
 
 
 def test_switched_off_and_nothing_found(policy, samples, monkeypatch):
-    off = played(policy, samples, monkeypatch, None, search("x"), answer("1"))
+    off = played(policy, samples, monkeypatch, Tools(), search("x"), answer("1"))
     assert off.turns[0].observation == rollout_module.REPLY_NO_SEARCH and off.turns[0].found is None
     assert information([]) == "<information> Nothing was found. </information>"
-    assert information([Passage("T", "http://x", "S")],
-                       bare_snippets=True) == "<information> 1. Content:S </information>"
+    turn = Turn("", parse(search("x")), True, 0, 0, found=[Passage("T", "http://x", "S")])
+    bare = paper.respond(turn, "shown")
+    assert bare == "<information> 1. Content:S </information>"
 
 
 # --- what a query is worth ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("written,gold,worth", [
+@pytest.mark.parametrize("written, gold, worth", [
     (["ship 47"], ("ship 47",), 1.0), (["ship"], ("ship 47",), 2 ** -0.5),
     (["boat"], ("ship 47",), 0.0), ([], ("ship 47",), 0.0),
     (["ship 47", "ship 47"], ("ship 47",), 0.5), (["ship 47"], ("ship 47", "mayor of Oslo"), 0.5),
@@ -413,9 +429,9 @@ def test_sentence_similarity_is_the_cosine_of_mean_states(encoder):
     assert query_reward(["ship"], ("ship",), similarity) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_similarity_that_cannot_be_had_is_named(tmp_path):
-    with pytest.raises(arft.UsageError, match="--similarity"):
-        arft.choose_similarity(arft.Config(similarity=str(tmp_path), model=str(arft.TINY)))
+def test_a_similarity_that_is_not_available_is_named(tmp_path):
+    with pytest.raises(UsageError, match="--similarity"):
+        choose_similarity(Config(similarity=str(tmp_path), model=str(TINY)))
 
 
 # --- MAT-mini's search half -----------------------------------------------------------------------
@@ -428,12 +444,12 @@ def world(tmp_path_factory):
 
 def test_gold_queries_find_the_answer_and_lazy_ones_do_not(world):
     corpus, lucky = Corpus(world / mini_search.CORPUS), []
-    for split, facts in mini_search.worlds().items():
+    for facts in mini_search.worlds().values():
         for question in mini_search.QUESTIONS:
             for number in facts.ships:
                 *_, last = facts.queries(question, number)
-                assert re.search(rf"\b{facts.answer(question, number)}\b",
-                                 corpus.search(last, 2)[0].text)
+                best = corpus.search(last, 2)[0].text
+                assert re.search(rf"\b{facts.answer(question, number)}\b", best)
                 told = " ".join(p.text for p in corpus.search("the ship", 2))
                 lucky.append(facts.answer(question, number) in told)
     assert np.mean(lucky) < 0.1
@@ -447,61 +463,59 @@ def test_the_halves_share_nothing(world):
 
 
 def test_the_files_are_mat_search(world):
-    held_out, training = mat.load("mat-search", world, "test"), mat.load("mat-search", world,
-            "train")
-    assert (len(held_out), len(training)) == (160, 300) and files.check("mat-search", world)[1] == []
+    held_out, training = (mat.load("mat-search", world, split) for split in ("test", "train"))
+    assert (len(held_out), len(training)) == (160, 300)
+    assert files.check("mat-search", world)[1] == []
     assert Counter(s.split for s in held_out) == {"simple": 80, "hard": 80}
     assert {len(s.queries) for s in training} == {1, 2}
     facts = mini_search.worlds()["train"]
     for sample in training[:40]:
         number, k = re.fullmatch(r"ship_(\d\d)_(\d)", sample.id).groups()
         question = mini_search.QUESTIONS[int(k)]
-        assert sample.golds == (facts.answer(question,
-                                             number),) and list(sample.queries) == facts.queries(
-            question, number)
-    steps = mat.load_steps("mat-search", world)
-    assert (steps[1].context.startswith("<search> ship")
-            and "<information> 1. Content:Ship" in steps[1].context)
+        assert sample.golds == (facts.answer(question, number),)
+        assert list(sample.queries) == facts.queries(question, number)
+    context = mat.load_steps("mat-search", world)[1].context
+    assert context.startswith("<search> ship") and "<information> 1. Content:Ship" in context
 
 
 # --- the program ----------------------------------------------------------------------------------
 
 
 def test_a_task_without_anything_to_search_says_the_three_ways(tmp_path, monkeypatch):
-    monkeypatch.delenv(arft.SERPER_KEY, raising=False)
-    with pytest.raises(arft.UsageError) as caught:
-        arft.choose_search(arft.Config(task="2wiki", data=str(tmp_path)))
-    for way in ("--corpus", arft.SERPER_KEY, "--replay"):
+    monkeypatch.delenv(SERPER_KEY, raising=False)
+    with pytest.raises(UsageError) as caught:
+        choose_search(Config(task="2wiki", data=str(tmp_path)))
+    for way in ("--corpus", SERPER_KEY, "--replay"):
         assert way in str(caught.value)
 
 
 def test_the_key_is_taken_from_the_environment_and_a_corpus_goes_before(tmp_path, monkeypatch,
                                                                         random_corpus):
-    monkeypatch.setenv(arft.SERPER_KEY, KEY)
-    assert isinstance(arft.choose_search(arft.Config(task="2wiki", data=str(tmp_path))), Serper)
-    named = arft.Config(task="2wiki", data=str(tmp_path), corpus=str(random_corpus[0]))
-    assert isinstance(arft.choose_search(named), Corpus)
-    assert arft.choose_search(arft.Config(data=str(tmp_path))) is None, "mat-coding needs no search"
+    monkeypatch.setenv(SERPER_KEY, KEY)
+    assert isinstance(choose_search(Config(task="2wiki", data=str(tmp_path))), Serper)
+    named = Config(task="2wiki", data=str(tmp_path), corpus=str(random_corpus[0]))
+    assert isinstance(choose_search(named), Corpus)
+    assert choose_search(Config(data=str(tmp_path))) is None, "mat-coding needs no search"
 
 
 SHORT = ["--task", "mat-search", "--steps", "1", "--samples-per-step", "2", "--group-size", "2",
-         "--eval-samples", "6", "--save-every", "9"]
+         "--eval-samples", "4", "--max-turns", "3", "--save-every", "9"]
 
 
 def test_a_run_its_record_and_the_run_from_the_record(tmp_path, monkeypatch, capsys):
-    # there, but not used: MAT-mini has its own corpus
-    monkeypatch.setenv(arft.SERPER_KEY, KEY)
+    # the key is there but not used: MAT-mini has its own corpus
+    monkeypatch.setenv(SERPER_KEY, KEY)
     record = str(tmp_path / "r.sqlite")
-    assert arft.main([*SHORT, "--replay", record, "--out", str(tmp_path / "a")]) == 0
+    assert main([*SHORT, "--replay", record, "--out", str(tmp_path / "a")]) == 0
     printed = capsys.readouterr().out
-    assert ("search: replay of corpus corpus.jsonl (167 passages)" in printed
-            and "by: lexical" in printed)
+    assert "search: replay of corpus corpus.jsonl (167 passages)" in printed
+    assert "by: lexical" in printed
     metrics = json.loads((tmp_path / "a/metrics.jsonl").read_text())
     assert metrics["searches"] > 0 and metrics["query"] > 0
-    assert arft.main([*SHORT, "--replay", record, "--out", str(tmp_path / "b")]) == 0
+    assert main([*SHORT, "--replay", record, "--out", str(tmp_path / "b")]) == 0
     first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab")
-    assert (first["searches"]["misses"] > 0 == second["searches"]["misses"]
-            and second["searches"]["hits"] > 0)
+    assert first["searches"]["misses"] > 0 == second["searches"]["misses"]
+    assert second["searches"]["hits"] > 0
     assert first["before"] == second["before"]
     for file in (tmp_path / "a").rglob("*"):
         assert not file.is_file() or KEY.encode() not in file.read_bytes()
@@ -509,56 +523,56 @@ def test_a_run_its_record_and_the_run_from_the_record(tmp_path, monkeypatch, cap
 
 def test_the_embedded_checkpoint_searches_badly(tmp_path):
     """On simple questions; as a file it stays small."""
-    assert arft.main(["--task", "mat-search", "--eval-only", "--eval-samples", "40", "--out",
-                      str(tmp_path / "run")]) == 0
+    assert main(["--task", "mat-search", "--eval-only", "--eval-samples", "40",
+                 "--out", str(tmp_path / "run")]) == 0
     before = json.loads((tmp_path / "run/summary.json").read_text())["before"]
-    assert before["em"] <= 0.45 and 0.05 <= before["sampled"]["em"] <= 0.6, (
-        "lazy, but the right query is in reach")
-    assert load(str(arft.TINY_SEARCH)).system_prompt == "Search, then answer."
-    assert sum(file.stat().st_size for file in arft.TINY_SEARCH.iterdir()) < 8_000_000
+    assert before["em"] <= 0.45, "it is lazy"
+    assert 0.05 <= before["sampled"]["em"] <= 0.6, "but the right query is in reach"
+    assert load(str(TINY_SEARCH)).system_prompt == "Search, then answer."
+    assert sum(file.stat().st_size for file in TINY_SEARCH.iterdir()) < 8_000_000
 
 
-def test_a_stopped_evaluation_of_many_questions_goes_on(tmp_path, monkeypatch, random_corpus):
-    """Killed after two of five batches, with a torn line: the rest is done,
-    and all is as if it had never stopped."""
+def test_a_stopped_evaluation_of_many_questions_is_continued(tmp_path, monkeypatch, random_corpus):
+    """Killed after two of five batches, with a torn line: the rest is done, and all is as if it had
+    never stopped."""
     questions = tmp_path / "dev.jsonl"
     questions.write_text("".join(json.dumps({"id": f"dev_{i}", "question": f"Who is w{i}?",
                                              "golden_answers": ["x"]}) + "\n"
                                  for i in range(10)))
     options = ["--task", "2wiki", "--data", str(questions), "--corpus", str(random_corpus[0]),
-               "--eval-only", "--eval-batch", "2"]
-    assert arft.main([*options, "--out", str(tmp_path / "whole")]) == 0
-    true, asked = arft.attempt, []
+               "--eval-only", "--eval-batch", "2", "--max-new-tokens", "24", "--max-turns", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main([*options, "--out", str(whole)]) == 0
+    batches, asked, limit = Evaluation.batches, [], [4]
 
-    def dies(policy, samples, config, **more):
-        if len(asked) == 4:
-            raise RuntimeError("killed")
-        asked.extend(sample.id for sample in samples)
-        return true(policy, samples, config, **more)
-    monkeypatch.setattr(arft, "attempt", dies)
+    def counted(evaluation):
+        for start, samples in batches(evaluation):
+            if len(asked) == limit[0]:
+                raise RuntimeError("killed")
+            asked.extend(sample.id for sample in samples)
+            yield start, samples
+    monkeypatch.setattr(Evaluation, "batches", counted)
     with pytest.raises(RuntimeError):
-        arft.main([*options, "--out", str(tmp_path / "stopped")])
-    with open(tmp_path / "stopped/before-greedy.part", "a") as file:
+        main([*options, "--out", str(stopped)])
+    with open(stopped / "before-greedy.part", "a") as file:
         file.write('{"answer": "to')
-    monkeypatch.setattr(arft, "attempt", lambda policy, samples, config, **more: asked.extend(
-        sample.id for sample in samples) or true(policy, samples, config, **more))
-    del asked[:]
-    assert arft.main(["--resume", str(tmp_path / "stopped")]) == 0
-    assert asked[:6] == [f"dev_{i}" for i in range(4,
-                                                   10)] and len(
-        asked) == 6 + 10, "greedy: the rest; sampled: all"
+    asked.clear()
+    limit[0] = None
+    assert main(["--resume", str(stopped)]) == 0
+    assert asked[:6] == [f"dev_{i}" for i in range(4, 10)], "greedy: the rest"
+    assert len(asked) == 6 + 10, "sampled: all"
     for name in ("predictions-before.json", "episodes.jsonl"):
-        assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    first, second = (json.loads((tmp_path / name / "summary.json").read_text())["before"]
-                     for name in ("whole", "stopped"))
-    assert first == second and not list((tmp_path / "stopped").glob("*.part"))
-    predictions = json.loads((tmp_path / "whole/predictions-before.json").read_text())
-    assert [list(p) for p in predictions] == [["id", "gt",
-                                               "pred_answer"]] * 10, "the published schema"
+        assert (stopped / name).read_text() == (whole / name).read_text()
+    first, second = (json.loads((run / "summary.json").read_text())["before"]
+                     for run in (whole, stopped))
+    assert first == second and not list(stopped.glob("*.part"))
+    predictions = json.loads((whole / "predictions-before.json").read_text())
+    published = ["id", "gt", "pred_answer"]
+    assert [list(p) for p in predictions] == [published] * 10, "the published schema"
 
 
 def test_evaluation_can_be_greedy_alone(tmp_path, random_corpus, capsys):
-    assert arft.main(["--task", "mat-search", "--eval-only", "--eval-samples", "2",
-                      "--eval-sampled", "off", "--out", str(tmp_path / "a")]) == 0
+    assert main(["--task", "mat-search", "--eval-only", "--eval-samples", "2",
+                 "--eval-sampled", "off", "--out", str(tmp_path / "a")]) == 0
     assert "sampled" not in json.loads((tmp_path / "a/summary.json").read_text())["before"]
     assert "sampled" not in capsys.readouterr().out

@@ -67,7 +67,7 @@ class Corpus:
             self.size, = found
         except (sqlite3.Error, OSError, TypeError) as error:
             raise SearchRefused(f"corpus index {self.index}: {error}; "
-                                "remove the file, and it is built again") from None
+                                "remove it to build it again from its .jsonl file") from None
         self.name = f"corpus {source.name.removesuffix('.sqlite')} ({self.size} passages)"
 
     def search(self, query: str, k: int = 4) -> list[Passage]:

@@ -16,8 +16,8 @@ share nothing with this one. The program reads `path_to_input_image.jpg` and wri
 printed and what went wrong come back as an `Execution`, never as an exception. The paper's released
 evaluation instead calls `exec` in the process that holds the model.
 
-**Searches.** `search_all` asks a `SearchBackend` all queries of a group of episodes at once. A
-search that fails is an observation for the model, like a program that fails.
+**Searches.** `search_all` asks a `SearchBackend` the queries of many episodes at once. A search
+that fails is an observation for the model, like a program that fails.
 
 This file leaves out how a program is locked in (extras/worker.py says what is covered and starts
 the processes, extras/jail.py locks them) and the back ends of searches (extras/search.py).
@@ -44,8 +44,7 @@ from extras.worker import LAYERS, Worker, encode
 class Action:
     """A parsed turn."""
     kind: str                               # problem | code | search | answer | malformed
-    # problem: labels; code: the source; search, answer: the text; malformed: None
-    value: tuple[str, ...] | str | None
+    value: tuple[str, ...] | str | None     # labels | source | text | text | None
     error: str | None                       # malformed: one sentence that the model may be shown
     strict: bool                            # the turn is a thought and one action, as in the paper
 
@@ -263,7 +262,8 @@ class Passage:
 
 
 class SearchError(Exception):
-    """One search failed. The model is shown the text ("Search failed: ..."), and may write on."""
+    """One search failed. The model is shown the text ("Search failed: ..."); the episode continues.
+    """
 
 
 class SearchBackend(Protocol):
@@ -292,7 +292,10 @@ def search_all(backend: SearchBackend, queries: list[str],
 
 @dataclass
 class Tools:
-    """What an episode can use. None: programs give the image back unchanged, searches find nothing.
+    """What an episode can use.
+
+    Without a sandbox a program gives the image back unchanged; without a back end a search finds
+    nothing.
     """
     sandbox: Sandbox | None = None
     search: SearchBackend | None = None

@@ -287,8 +287,7 @@ class Replay:
                                 "name another file (--replay)") from None
 
     def search(self, query: str, k: int = 4) -> list[Passage]:
-        """What the record has for this back end, this query and this k, else what the back end
-        finds.
+        """What the record has for this back end, query and k, else what the back end finds.
 
         With `backend` None the record of any back end counts. What the back end finds is recorded
         under its name, in a row of the table `searches`: backend, query, k, found (JSON: a list of

@@ -139,8 +139,7 @@ class Worker:
         return json.loads(line)
 
     def _clean(self, text: str) -> str:
-        """Remove what differs between two runs (paths, addresses) and what a terminal would obey.
-        """
+        """Remove what differs between two runs (paths, addresses) and what a terminal obeys."""
         scratch = os.path.join(self._base, "run")
         text = text.replace(scratch + os.sep, "").replace(scratch, ".")
         text = re.sub(r" at 0x[0-9a-f]{6,16}\b", " at 0x...", text)

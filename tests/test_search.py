@@ -74,8 +74,9 @@ def test_a_corpus_ranks_by_bm25(random_corpus):
 
 
 def test_a_large_corpus_is_not_ranked_as_a_whole(random_corpus, monkeypatch):
-    """The limits are lowered to the size of this corpus. Passages that have all words which
-    distinguish passages come first, and k are still found.
+    """The limits are lowered to the size of this corpus.
+
+    Passages that have all words which distinguish passages come first, and k are still found.
     """
     monkeypatch.setattr(search, "FREQUENT", 5)
     path, passages = random_corpus
@@ -174,8 +175,9 @@ GOOD = json.dumps({"organic": [{"title": f"T{i}", "link": f"http://{i}", "snippe
 
 @pytest.fixture
 def google():
-    """A local server. It gives the answers in `script`, each (status, headers, body), then GOOD
-    ones, and keeps in `asked` what it was asked.
+    """A local server that keeps in `asked` what it was asked.
+
+    It gives the answers in `script`, each (status, headers, body), and after them GOOD ones.
     """
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -519,8 +521,9 @@ def test_the_embedded_checkpoint_searches_badly(tmp_path):
 
 
 def test_a_stopped_evaluation_of_many_questions_continues(tmp_path, monkeypatch, random_corpus):
-    """It is killed after two of five batches, with half a line written. Resumed, it does the rest,
-    and everything is as if it had never stopped.
+    """It is killed after two of five batches, with half a line written.
+
+    Resumed, it does the rest, and everything is as if it had never stopped.
     """
     questions = tmp_path / "dev.jsonl"
     rows = [{"id": f"dev_{i}", "question": f"Who is w{i}?", "golden_answers": ["x"]}

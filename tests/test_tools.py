@@ -682,8 +682,9 @@ def test_a_hostile_image_is_an_error(box, picture, content, words):
                                   f"os.link('{{file}}', {jail.OUTPUT!r})"])
 @pytest.mark.parametrize("locked", [True, False], ids=["layers", "no layers"])
 def test_the_output_must_be_an_ordinary_file(box, open_box, picture, tmp_path, make, locked):
-    """With layers an exotic file cannot be made. Without them it is not read, except a hard link,
-    which is a file.
+    """With layers no exotic file can be made.
+
+    Without them none is read, except a hard link, which is an ordinary file.
     """
     picture.save(tmp_path / "gold.png")
     code = "import os\n" + make.replace("{file}", str(tmp_path / "gold.png"))
@@ -719,9 +720,7 @@ for fd in range(3, 32):
     ("struct.pack('<III', 9, 9, 0) + bytes(243)", "os.abort()"),
 ])
 def test_the_reply_cannot_be_forged(hasty, picture, reply, end):
-    """The trainer checks what it reads after the program's end, and the next reply is the next
-    program's.
-    """
+    """The trainer checks what it reads, and the next reply belongs to the next program."""
     process = hasty._workers[0]._process
     execution = hasty.run(FORGE.format(reply=reply) + end, picture)
     assert execution.image is None and execution.error
@@ -765,9 +764,7 @@ def test_a_program_that_says_itself_that_it_is_done_has_ended_itself(hasty, pict
 
 
 def test_a_program_holds_no_socket(box, picture):
-    """A program may call recvmsg, because the child gets its job by it, but has nothing to receive
-    from.
-    """
+    """It may call recvmsg, by which the child gets its job, but has nothing to receive from."""
     code = """
 import os, stat
 for fd in range(1024):
@@ -997,9 +994,7 @@ def test_a_missing_layer_is_named_and_strict_refuses(picture, without, escape):
 @pytest.mark.parametrize("without", [("landlock",), ("fork",), ("fork",) + ALL],
                          ids=["chroot", "fresh", "macOS"])
 def test_the_degraded_ways_run_ordinary_programs(picture, without):
-    """Chroot in landlock's place; a fresh interpreter for every program; the same without any
-    layer, as on macOS.
-    """
+    """Chroot in landlock's place; a fresh interpreter for every program; no layers, as on macOS."""
     with Sandbox(workers=1, seconds=3, without=without) as sandbox:
         assert healthy(sandbox, picture)
         code = program("import numpy as np", "image = Image.fromarray(255 - np.asarray(image))",

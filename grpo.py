@@ -343,7 +343,7 @@ def accumulate(policy: Policy, episodes: list[Episode], advantages: torch.Tensor
     for part in layout.micro_batches(policy, episodes):
         batch = layout.pack(policy, [episodes[i] for i in part])
         ref = logp_ref and padded([logp_ref[i] for i in part])                           # [B, L]
-        with policy.checkpointing(layout.checkpointing):
+        with layout.around(policy):
             logp, entropy = episode_logp(policy, batch, config.temperature)
         loss, values = policy_loss(
             logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask,

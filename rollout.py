@@ -22,6 +22,8 @@ Dimensions: B rows, b rows still in the batch, T tokens, V vocabulary, G episode
 for the update B episodes, L tokens of the longest, N sampled tokens.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -334,7 +336,7 @@ class RowLayout:
     extras/tree.py has another layout, in which a group shares its prompt: the same gradient.
     """
     tokens: int = 2048              # in one forward pass, with padding; one episode may have more
-    checkpointing: bool = False     # backward computes each layer again instead of keeping it
+    around: Callable = nullcontext  # a forward pass; extras/weights.py:checkpointing saves memory
 
     def minibatches(self, policy: Policy, episodes: list[Episode], count: int,
                     generator: torch.Generator) -> list[list[int]]:

@@ -7,7 +7,7 @@ data come from, and which file of extras/ stands in for a plain part of the less
 import json
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -325,7 +325,8 @@ def choose_parts(config, policy: Policy, run: record.Run, tools: Tools) -> dict:
     layout, optimizer, seed = RowLayout, Optimizer, config.seed
     if config.update == "tree":
         layout = leaf("tree", "--update tree").TreeLayout
-    layout = layout(config.micro_batch_tokens, config.checkpointing == "on")
+    saver = weights.checkpointing if config.checkpointing == "on" else nullcontext
+    layout = layout(config.micro_batch_tokens, saver)
     if config.dtype == "bfloat16" and not config.lora_rank:
         optimizer = weights.Optimizer
     if processes() > 1:

@@ -113,6 +113,8 @@ def choose_numbers(config, small: bool) -> None:
     for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
             setattr(config, name, for_small if small else for_others)
+            if name == "update" and not record.leaf("tree"):
+                config.update = "rows"
     if lr_is_open and config.lora_rank:
         config.lr *= 10         # B starts at zero: LoRA learns at about ten times the rate
     if saving_is_open and config.lora_rank:

@@ -1,8 +1,8 @@
 """The trainer's half of the sandbox: it starts the processes that run programs, and talks to them.
 
-`Sandbox` owns a few workers and is safe to share among threads. A worker is a process of its own, started from
-extras/jail.py, which forks a locked child for every program; this file never sees how. Only open
-files, numbers and pixels pass between the two, and nothing that comes back is trusted.
+`Sandbox` owns a few workers and is safe to share among threads. A worker is a process of its own,
+started from extras/jail.py, which forks a locked child for every program; this file never sees how.
+Only open files, numbers and pixels pass between the two, and nothing that comes back is trusted.
 
 What the sandbox covers, on Linux with landlock (5.13 or newer) and seccomp, as root or as an
 ordinary user:

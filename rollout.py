@@ -49,7 +49,7 @@ PASSAGE_CHARACTERS = 1000       # of each passage; those of an encyclopedia have
 @dataclass
 class Limits:
     """How an episode is sampled, and when it ends."""
-    temperature: float = 1.0        # of sampling and of the training log-probs; paper: 1
+    temperature: float = 1.0        # of sampling and training log-probs alike; paper: 1
     max_new_tokens: int = 256       # tokens that the model may write in one turn; paper: 256
     max_turns: int = 5              # turns in an episode; paper: 5, in evaluation
     max_length: int = 4096          # tokens in an episode; an observation that does not fit ends it

@@ -112,7 +112,7 @@ def train(policy: Policy, training: list[Sample], config: Config, parts: Parts) 
         totals = torch.tensor([reward.total for reward in rewards])                     # [N]
         advantages = group_advantages(totals, config.group_size, config.scale)          # [N]
         with parts.run.step():      # Ctrl-C waits for its end: nothing is left half done
-            optimizer.adamw.param_groups[0]["lr"] = learning_rate(config, step)
+            optimizer.set_lr(learning_rate(config, step))
             stats = update(policy, reference, episodes, advantages, config, optimizer=optimizer,
                            layout=parts.layout, generator=parts.generator)
             parts.run.record(episodes, rewards, advantages, stats)

@@ -277,6 +277,10 @@ class Optimizer:
         """AdamW (arXiv 1711.05101) without weight decay."""
         return torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps that follow."""
+        self.adamw.param_groups[0]["lr"] = lr
+
     def step(self, stats: dict[str, float], count: int) -> dict[str, float]:
         """One step on the gradient of a loss that is a mean over `count` episodes or tokens.
 

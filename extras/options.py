@@ -245,6 +245,10 @@ def check(config) -> None:
     if config.vision == "trained" and config.lora_rank:
         raise UsageError("--vision trained needs --lora-rank 0: only the language model gets "
                          "adapters")
+    if config.protocol == "paper":
+        leaf("paper", "--protocol paper")
+    if config.update == "tree":
+        leaf("tree", "--update tree")
     check_files(config)
     check_machine(config)
 

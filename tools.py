@@ -55,7 +55,7 @@ PAPER_PROBLEM = re.compile(r"\s*\{\s*'[^']+'\s*(?:,\s*'[^']+'\s*)*\}\s*")
 
 
 def parse(turn: str) -> Action:
-    """What the model wants to do. Never raises, and passes over the text once, whatever it is.
+    """What the model wants to do. Never raises, and takes linear time, whatever the text is.
 
     `read_tags` says where the body of each tag is, and what is wrong. If something is wrong, the
     turn is malformed (value None, strict False) and the sentence of `read_tags` is its error. A
@@ -185,8 +185,8 @@ def search_all(backend: SearchBackend, queries: list[str],
 class Tools:
     """What an episode can use.
 
-    Without a sandbox a program gives the image back unchanged; without a back end a search finds
-    nothing.
+    Without a sandbox a program gives the image back unchanged; without a back end the model is told
+    that search is not available.
     """
     sandbox: Sandbox | None = None
     search: SearchBackend | None = None

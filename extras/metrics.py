@@ -17,6 +17,7 @@ from rollout import Episode
 from tools import SearchError
 
 LINE = 80               # columns of a step's line on the screen
+ENDINGS = {"cut": "cut off", "turns": "out of turns", "length": "too long"}     # Episode.ended
 
 
 def rounded(value, digits: int = 6):
@@ -93,14 +94,15 @@ def step_line(m: dict) -> str:
     """
     always = 9
     part = "query" if "query" in m else "problem"
-    cut_short = {why: n for why, n in m.get("ended", {}).items() if why != "answer"}
+    ended = [f"  {ENDINGS[why]} {n}" for why, n in sorted(m.get("ended", {}).items())
+             if why != "answer"]
     equal = round(m["zero_variance"] * m["groups"])
     warned = [w["name"] for w in m.get("warnings", ())]
     parts = [(always, f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}"),
              (4, f"  {part} {m[part]:.2f}"), (3, f"  KL {m['kl'] or 0:.3f}"),
              (2, f"  entropy {m['entropy'] or 0:.2f}"), (6, f"  tools {m['tool_calls']}"),
              (always, f"  failed {m['tool_failures']}" if m["tool_failures"] else ""),
-             (always, "".join(f"  {why} {n}" for why, n in sorted(cut_short.items()))),
+             (always, "".join(ended)),
              (1, f"  zero-variance {equal}" if equal else ""), (5, f"  {m['seconds']:.1f} s")]
     warning = f"  ! {' '.join(warned)}" if warned else ""
     while len(line := "".join(text for _, text in parts)) + len(warning) > LINE:

@@ -4,12 +4,12 @@
     python arft.py --task mat-coding --eval-only --model DIR     evaluate a checkpoint
     python arft.py --help                                        every option
 
-What it teaches: the whole of agentic reinforcement learning in the loop of `train` below,
+What it teaches: the whole of agentic reinforcement learning, in the loop of `train` below:
 
     samples -> rollout -> rewards -> group advantages -> update
 
 for the method of Visual-ARFT (arXiv 2505.14246). Without a GPU it trains data/tiny on MAT-mini, for
-real and in minutes; another model folder and another data folder make it the paper's run.
+real and in minutes; name another model folder and data folder to train the paper's.
 
 What does not decide what is learned is handed to the loop as `Parts`: how episodes are cut into
 tensors, who steps the weights, who keeps the run folder. Everything about that stands in extras/,
@@ -40,29 +40,30 @@ from tools import Tools
 
 @dataclass
 class Config(Limits, Settings, Scoring, options.Machine):
-    """Every option. Each file's own options stand there; the command line is made from all.
+    """Every option; the command line is made from them. The four base classes stand in the files
+    whose options they hold (rollout.py, grpo.py, rewards.py, extras/options.py).
 
-    None: the start chooses by the model, and the run's first lines say what and why.
+    Where an option is None, the program chooses by the model (extras/setup.py:DEFAULTS).
     """
     # the run
     task: Literal["mat-coding", "mat-search", "2wiki", "hotpotqa", "musique", "bamboogle"] = (
         "mat-coding")                       # what to train and evaluate on
     model: str | None = None                # checkpoint folder or hub name
     data: str | None = None                 # MAT or FlashRAG folder, or one .jsonl file
-    seed: int = 0                           # of data order and sampling; same seed, same run (CPU)
+    seed: int = 0                           # the same seed gives the same run (one CPU process)
     steps: int | None = None                # training steps; paper: 1400 for its checkpoint
     samples_per_step: int | None = None     # questions in a step; paper: 16
     eval_only: bool = False                 # evaluate and stop
-    tools: Literal["on", "off"] = "on"      # off: nothing runs, nothing is searched (a control)
-    lora_rank: int | None = None            # of the adapters; 0 trains all weights; paper: 0
-    vision: Literal["frozen", "trained"] = "frozen"             # the vision tower
+    tools: Literal["on", "off"] = "on"      # off: no program runs, no search is made (a control)
+    lora_rank: int | None = None            # rank of LoRA; 0 trains all weights; paper: 0
+    vision: Literal["frozen", "trained"] = "frozen"     # whether the vision tower is trained
     lr: float | None = None                 # learning rate; paper: 1e-6, with LoRA ten times that
-    warmup: int = 5                         # steps until the full learning rate
-    lr_schedule: Literal["linear", "constant"] = "linear"       # linear: to zero; paper: linear
+    warmup: int = 5                         # steps over which the learning rate rises
+    lr_schedule: Literal["linear", "constant"] = "linear"       # paper: linear, down to zero
 
     @property
     def max_sampled(self) -> int:
-        """The most tokens that one episode can sample: what dr_grpo divides by."""
+        """What dr_grpo divides by: the tokens of an episode whose turns are all full."""
         return min(self.training_turns * self.max_new_tokens, self.max_length)
 
 
@@ -73,7 +74,7 @@ class Parts:
     reward: Callable[[Episode], Reward]     # rewards.episode_reward | extras.paper.step_reward
     layout: RowLayout                       # rollout.RowLayout | extras.tree.TreeLayout
     optimizer: type[Optimizer]              # grpo.Optimizer | one of extras.weights, extras.many
-    run: Run                                # extras.record.Run | extras.many.Run
+    run: Run                                # yields the steps, keeps what came of them
     tools: Tools
     generator: torch.Generator              # of sampling and of the order of minibatches
 
@@ -83,7 +84,7 @@ class Parts:
 
 def evaluate(policy: Policy, held_out: list[Sample], config: Config, parts: Parts,
              name: str) -> None:
-    """Answers every held-out question once a mode and records the scores under `name`.
+    """Answers every held-out question once in each mode and records the scores under `name`.
 
     The modes are greedy (temperature 0) and sampled (temperature 1, the policy that is trained).
     """
@@ -111,8 +112,8 @@ def train(policy: Policy, training: list[Sample], config: Config, parts: Parts) 
         rewards = [reward_of(episode, parts.reward) for episode in episodes]
         totals = torch.tensor([reward.total for reward in rewards])                     # [N]
         advantages = group_advantages(totals, config.group_size, config.scale)          # [N]
-        with parts.run.step():      # Ctrl-C waits for its end: nothing is left half done
-            optimizer.adamw.param_groups[0]["lr"] = learning_rate(config, step)
+        with parts.run.uninterrupted():     # Ctrl-C waits for the end of the block
+            optimizer.set_lr(learning_rate(config, step))
             stats = update(policy, reference, episodes, advantages, config, optimizer=optimizer,
                            layout=parts.layout, generator=parts.generator)
             parts.run.record(episodes, rewards, advantages, stats)
@@ -138,7 +139,7 @@ def batches(samples: list[Sample], config: Config) -> Iterator[list[Sample]]:
 
 
 def reward_of(episode: Episode, reward: Callable[[Episode], Reward]) -> Reward:
-    """What the episode earned. One that is no finite number stops the run (law 6)."""
+    """What the episode earned. A reward that is not a finite number stops the run (law 6)."""
     earned = reward(episode)
     if not math.isfinite(earned.total):
         raise options.UsageError(f"sample {episode.sample.id}: its reward is {earned.total}; check "
@@ -147,7 +148,7 @@ def reward_of(episode: Episode, reward: Callable[[Episode], Reward]) -> Reward:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Up over the warm-up, then down in a line to zero at the last step. step counts from 0."""
+    """Rises over the warm-up; "linear" also falls all the while, to lr / steps. step: from 0."""
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     return config.lr * (warm * (1 - step / config.steps if config.lr_schedule == "linear" else 1.0))
 

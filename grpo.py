@@ -2,7 +2,7 @@
 
 What it teaches: the whole algorithm. For each question the policy writes a group of G episodes. An
 episode is as good as its reward is above its group's mean, and each token that the policy sampled
-is made likelier or less likely by that much, with two brakes.
+is made likelier or less likely by that much. Two brakes hold it back: the clip and the KL term.
 
     advantage   A_i     = (r_i - mean(r)) / (std(r) + 1e-4)         over the group of G
     ratio       rho_t   = exp(logp_t - logp_old_t)                  1 on the first update
@@ -10,9 +10,9 @@ is made likelier or less likely by that much, with two brakes.
     KL estimate KL_t    = exp(d) - d - 1,  d = logp_ref_t - logp_t  (k3, never negative)
 
 This is the paper's first equation (Visual-ARFT, arXiv 2505.14246) with PPO's clipped ratio. On the
-first update after sampling rho is 1 for every token and a group's advantages sum to zero, so the
-policy term of the loss is about zero. Its gradient is not: d rho / d logp is 1 there, which leaves
-A * grad logp, the policy gradient. Watch the reward, not the loss.
+first update after sampling rho is 1 for every token and a group's advantages sum to zero, so over
+whole groups the policy term of the loss is about zero. Its gradient is not: d rho / d logp is 1
+there, which leaves A * grad logp, the policy gradient. Watch the reward, not the loss.
 
 Differences from the paper's released trainer: episodes are sampled whole, on-policy, with the tools
 in the loop (there: single steps on stored contexts, no tool runs); every advantage belongs to the
@@ -21,7 +21,8 @@ before the reward is computed); ratio and clipping are real (there: one update a
 is always 1). This is the last file of the lesson. Left out: a learned value function.
 
 Dimensions: B episodes, G of them to a group, T tokens of a row, L tokens of the longest episode (in
-rows L = T; extras/tree.py has longer rows), N sampled tokens, D hidden size, V vocabulary.
+rows L = T; extras/tree.py has longer rows), N episodes of a step, K sampled tokens, D hidden size,
+V vocabulary.
 """
 
 import copy
@@ -48,7 +49,7 @@ STATISTICS = ("loss", *PER_TOKEN, "grad_norm", "logp_error", "updates", "skipped
 class Settings:
     """What an update does with episodes and their rewards."""
     group_size: int = 8             # episodes sampled for each question; paper: 8
-    zero_variance: Literal["drop", "keep"] = "drop"     # groups of equal rewards: keep has KL alone
+    zero_variance: Literal["drop", "keep"] = "drop"     # what to do with groups of equal rewards
     scale: Scale = "group"          # what advantages are divided by; paper: group
     loss_type: LossType = "grpo"    # how the loss weighs tokens; paper: grpo
     clip_low: float = 0.2           # the ratio is clipped below 1 - clip_low
@@ -215,12 +216,12 @@ def _token_means(mask, **values) -> dict[str, float]:
 def episode_logp(policy: Policy, batch: Batch, temperature: float = 1.0):
     """Log-prob of every sampled token, and the entropy where it was sampled: two [B, L].
 
-    Both are 0 where the mask is. Column t belongs to ids[t]; the hidden state of ids[t - 1]
+    Both are 0 where the mask is 0. Column t belongs to ids[t]; the hidden state of ids[t - 1]
     predicts it, and only such states meet the vocabulary matrix.
     """
     features = policy.features(batch.images)
     hidden = policy.hidden(batch.ids, batch.positions, batch.attention, features)   # [B, T, D]
-    states = hidden.flatten(0, 1)[batch.states]                                     # [N, D]
+    states = hidden.flatten(0, 1)[batch.states]                                     # [K, D]
     values = sampled_logp(policy, states, batch.targets, temperature)
     sampled = batch.mask.nonzero(as_tuple=True)
     logp, entropy = (torch.zeros_like(batch.mask).index_put(sampled, value) for value in values)
@@ -229,7 +230,7 @@ def episode_logp(policy: Policy, batch: Batch, temperature: float = 1.0):
 
 def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
                  temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each token, and the entropy (no gradient). [N, D], [N] -> [N], [N].
+    """Log-prob of each token, and the entropy (no gradient). [K, D], [K] -> [K], [K].
 
     A few thousand tokens have gigabytes of probabilities. So a chunk of tokens gets them at a time,
     two numbers of each are kept, and backward makes the chunk again.
@@ -237,7 +238,7 @@ def sampled_logp(policy: Policy, hidden: torch.Tensor, ids: torch.Tensor,
     def chunk(hidden, ids):
         log_probs = policy.log_probs(hidden, temperature)                       # [AT_ONCE / V, V]
         logp = log_probs.gather(1, ids[:, None])[:, 0]
-        with torch.no_grad():       # comes last: recomputing stops when backward has what it needs
+        with torch.no_grad():       # last, because backward computes again only up to `logp`
             entropy = -(log_probs.exp() * log_probs.masked_fill(policy.barred, 0.0)).sum(dim=1)
         return logp, entropy
 
@@ -277,11 +278,16 @@ class Optimizer:
         """AdamW (arXiv 1711.05101) without weight decay."""
         return torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps that follow."""
+        self.adamw.param_groups[0]["lr"] = lr
+
     def step(self, stats: dict[str, float], count: int) -> dict[str, float]:
         """One step on the gradient of a loss that is a mean over `count` episodes or tokens.
 
         stats: what `accumulate` returned. Returns it with "grad_norm", the norm before clipping;
-        nan where norm or loss is not finite, and then no weight has changed.
+        nan where norm or loss is not finite, and then no weight has changed. Only extras/many.py
+        reads `count` and stats["tokens"], to weigh the gradients of several processes.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm).item()
         if not math.isfinite(norm + stats["loss"]):
@@ -306,7 +312,7 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode],
 
     advantages [N]; config: `Settings` with `temperature` and `max_sampled` (the most tokens that an
     episode can sample). Returns STATISTICS, means over the optimiser steps; "logp_error" is the
-    largest |sampled - scored| log-prob before the first step. All None: no group teaches anything.
+    largest |sampled - scored| log-prob before the first step. All are None if no group teaches.
     """
     rows = teaching_rows(advantages, config)
     episodes, advantages = [episodes[i] for i in rows], advantages[rows]
@@ -319,7 +325,8 @@ def update(policy: Policy, reference: Policy | None, episodes: list[Episode],
         for part in layout.minibatches(policy, episodes, config.minibatches, generator):
             optimizer.adamw.zero_grad(set_to_none=True)
             stats, count = accumulate(policy, [episodes[i] for i in part], advantages[part],
-                                      logp_ref and [logp_ref[i] for i in part], config, layout)
+                                      [logp_ref[i] for i in part] if logp_ref else None,
+                                      config, layout)
             steps.append(optimizer.step(stats, count))
     optimizer.adamw.zero_grad(set_to_none=True)
     if not steps:
@@ -342,20 +349,20 @@ def accumulate(policy: Policy, episodes: list[Episode], advantages: torch.Tensor
     stats = dict.fromkeys(("loss", *PER_TOKEN, "logp_error"), 0.0)
     for part in layout.micro_batches(policy, episodes):
         batch = layout.pack(policy, [episodes[i] for i in part])
-        ref = logp_ref and padded([logp_ref[i] for i in part])                           # [B, L]
-        with policy.checkpointing(layout.checkpointing):
+        ref = padded([logp_ref[i] for i in part]) if logp_ref else None             # [B, L]
+        with layout.around(policy):
             logp, entropy = episode_logp(policy, batch, config.temperature)
         loss, values = policy_loss(
             logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask,
             loss_type=config.loss_type, clip_low=config.clip_low, clip_high=config.clip_high,
             beta=config.beta, max_length=config.max_sampled)
         # It counts for its share of what the loss is a mean over, so that cutting changes nothing.
-        share = tokens[part].sum().item() / tokens.sum().item()
-        weight = share if config.loss_type in TOKEN_MEANS else len(part) / len(episodes)
+        token_share = tokens[part].sum().item() / tokens.sum().item()
+        weight = token_share if config.loss_type in TOKEN_MEANS else len(part) / len(episodes)
         (loss * weight).backward()
         stats["loss"] += loss.item() * weight
         for name, value in (values | _token_means(batch.mask, entropy=entropy)).items():
-            stats[name] += value * share
+            stats[name] += value * token_share
         error = ((logp.detach() - batch.logp_old) * batch.mask).abs().max().item()
         stats["logp_error"] = max(stats["logp_error"], error)
     stats["tokens"] = int(tokens.sum())

@@ -10,8 +10,8 @@ Reinforcement learning needs four things from a model:
 This file gets all four out of Qwen2.5-VL. The transformer itself is the library's. Everything
 around it is written by hand, because that is where multi-turn training with images goes wrong:
 positions restart after a cached image, images do not match their placeholders, or the same text is
-tokenised twice with different results. The file also adds LoRA, in 20 lines, so that only a few
-weights need training.
+tokenised twice with different results. The file also adds LoRA, so that only a few weights need
+training. On a first reading the names and docstrings of `Policy` are enough.
 
 Read next: tools.py. Left out: video, other architectures; adapter folders (extras/weights.py).
 
@@ -22,12 +22,10 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -113,7 +111,7 @@ class Policy:
             ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
         self.merge = model.config.vision_config.spatial_merge_size
         # The model must never write the tokens that only the program writes (role markers, image
-        # placeholders, ...), nor rows of the embedding that are no token at all. Sampling and
+        # placeholders, ...), nor the rows of the embedding that stand for no token. Sampling and
         # training mask the same ones (law 2). The end of a turn is the model's to write.
         barred = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
         barred[len(tokenizer):] = True
@@ -124,7 +122,7 @@ class Policy:
     def _special(self, token: str) -> int:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
-            raise PolicyError(f"the tokenizer has no {token}: this is no Qwen2.5-VL tokenizer")
+            raise PolicyError(f"the tokenizer has no {token}: it is not a Qwen2.5-VL tokenizer")
         return token_id
 
     @property
@@ -250,7 +248,7 @@ class Policy:
             found, wanted = sum(map(len, features)), int(placeholders.sum())
             if found != wanted:
                 raise ValueError(f"{wanted} image placeholders but {found} image features")
-        if features:
+        if features:                # cat: an ordinary tensor, also of those that the rollout made
             x = x.masked_scatter(placeholders[..., None], torch.cat(features).to(x.dtype))
         if attention is not None and attention.dtype == torch.bool:
             scores = torch.zeros_like(attention, dtype=x.dtype)     # once, not again in each layer
@@ -268,25 +266,6 @@ class Policy:
         """
         logits = self.model.lm_head(hidden).float().masked_fill(self.barred, -torch.inf)
         return torch.log_softmax(logits / temperature, dim=-1)
-
-    @contextmanager
-    def checkpointing(self, on: bool = True):
-        """Gradient checkpointing: backward keeps each layer's input and computes the rest again.
-
-        This costs a third more arithmetic (one forward pass; backward costs two) and saves most of
-        the memory. transformers' own switch does nothing in eval mode, where this model is, and has
-        changed its name.
-        """
-        model = self.model.model
-        layers = [*model.language_model.layers, *model.visual.blocks] if on else []
-        for layer in layers:        # an attribute of the object is found before its class's method
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                    preserve_rng_state=False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     # --- adapters ---------------------------------------------------------------------------------
 

@@ -1,14 +1,14 @@
 """What an answer is worth, what an episode is worth, and how a benchmark is summed up.
 
-What it teaches: the reward is the only thing that the model learns from, so you can do each number
-here by hand: the score of one answer (`score_answer`), the reward of an episode (`episode_reward`,
-the paper's reward of single steps carried to whole episodes), and the scores of many answers with
-their intervals (`summarize`).
+What it teaches: the reward is the only thing that the model learns from. You can work out every
+number here by hand: the score of one answer (`score_answer`), the reward of an episode
+(`episode_reward`, the paper's reward of single steps carried to whole episodes), and the scores of
+many answers with their intervals (`summarize`).
 
 There are two scorers. "official" is the paper's, quirks included, and gives its published numbers
 to the last digit: F1 shares *sets* of tokens but divides by the lengths of the lists, so a repeated
 word costs. An exact match makes F1 one. Text with a Chinese character is compared character by
-character. "repaired" mends what is broken in golds and scorer:
+character. "repaired" mends what is broken in the golds and in the scorer:
   - A backslash and an n in a gold (15 of MAT-Coding's 200) count as the line break they stand for.
   - F1 counts tokens as often as they occur, and white space is never a Chinese character.
   - A gold that is an article ("A" of a multiple choice) or only punctuation is compared as it is.
@@ -92,10 +92,13 @@ def exact_match(prediction: str, gold: str, chinese: bool = True) -> float:
 
 
 def rule_for(gold: str, chinese: bool):
-    """How to normalize a gold and its prediction: the first rule that leaves a part of the gold."""
+    """How to normalize a gold and its prediction: the first rule that leaves a part of the gold.
+
+    The second rule keeps articles, the third also keeps punctuation.
+    """
     rules = (lambda text: normalize(text, chinese),
-             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),    # + articles
-             lambda text: " ".join(text.lower().split()))                               # + signs
+             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),   # + articles
+             lambda text: " ".join(text.lower().split()))                              # + signs
     return next(rule for rule in rules if rule(gold))
 
 
@@ -143,7 +146,7 @@ class Scoring:
     """The options of the reward."""
     answer_metric: Literal["f1", "em"] = "f1"       # score of the answer in the reward; paper: f1
     scorer: Literal["official", "repaired"] = "official"    # rules: the paper's, or repaired ones
-    weight: dict[str, float] = field(  # NAME=X: weight of answer, format, problem, query; paper: 1
+    weight: dict[str, float] = field(   # weight of answer, format, problem or query; paper: 1
         default_factory=dict)
 
 
@@ -162,7 +165,7 @@ def problem_reward(stated: tuple[str, ...] | None, gold: tuple[str, ...],
                    rotation_credit: bool = False) -> float:
     """1 if the stated set of problems is the gold set, else 0; 0 if nothing was stated (None).
 
-    With `rotation_credit`, a double of which only the rotation was stated is worth 0.5. The
+    With `rotation_credit`, stating only the rotation of a sign with two problems is worth 0.5. The
     authors' code does this; the paper does not mention it.
 
     >>> gold = ("rotation90", "dark")
@@ -189,9 +192,9 @@ def answer_reward(answer: str | None, golds, scorer: str = "official",
     F1 rewards hedging. If the gold is one word and the policy lists k candidates with the right one
     among them, F1 is 2 / (k + 1), while one random guess earns only 1 / k on average. We therefore
     pay nothing for an answer if at most a quarter of its words are in the gold. That makes lists of
-    four or more worthless. Lists of two or three still pay a little; --answer-metric em closes that
-    gap, too. And the official rules normalize some golds to nothing ("A", "?"), so that any article
-    or sign would match them. We compare such golds by the repaired rules.
+    four or more worthless. Lists of two or three still pay 0.67 and 0.5; --answer-metric em closes
+    that gap, too. And the official rules normalize some golds to nothing ("A", "?"), so that any
+    article or sign would match them. We compare such golds by the repaired rules.
 
     >>> answers = ("45", "The number is 45", "44 45 46 47", "the")
     >>> [round(answer_reward(answer, ["45"])[0], 2) for answer in answers]
@@ -248,8 +251,8 @@ def episode_reward(episode, scoring: Scoring | None = None, *, rotation_credit: 
     answer step, and R_total is their sum. An episode is several steps, so this is our extension:
     R_format becomes the share of turns in the strict format, R_acc the F1 of the last turn's
     answer, and the authors' (unpublished) problem reward judges the first diagnosis only. If the
-    sample has gold queries, `query_reward` takes the problem's place. With weights of 1 the total
-    is in [0, 3].
+    sample has gold queries and no problems, `query_reward` takes the problem's place. With weights
+    of 1 the total is in [0, 3].
 
     Repeating pays nothing: a second diagnosis, a contradiction, all labels at once, or the gold
     among many words earn at most what saying the right thing once earns. A turn that was cut off

@@ -10,18 +10,19 @@ log-probability and every image stay exactly what they were. There is no `genera
 
 An `Episode` is a list of token ids. You never turn it into text and back: text is decoded for the
 parser alone, an observation is encoded alone and appended. So what the trainer scores later is what
-was sampled here (laws 1 and 2 of the README). The last section turns episodes into tensors for it.
+was sampled here (laws 1 and 2 of the README). The last section makes the trainer's tensors.
 
 The paper (Visual-ARFT, arXiv 2505.14246) describes such episodes; its released trainer samples
-single turns on stored contexts instead. extras/engine.py holds the key-value cache behind `Rows`;
-you can read on without it. Left out: tools that run while other rows still write.
+single turns on stored contexts instead. Left out: tools that run while other rows still write.
 
 Read next: rewards.py, which says what an episode is worth.
 
 Dimensions: B rows, b rows still in the batch, T tokens, V vocabulary, G episodes of one question;
-for the update B episodes, L tokens of the longest, N sampled tokens.
+for the update B episodes, L tokens of the longest, K sampled tokens.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,7 @@ from extras.engine import Rows, timed
 from policy import ImageInput, Policy
 from tools import Action, Execution, Passage, SearchError, Tools, parse, search_all
 
-# What the environment says. The first and the last two also tell the model what it may do next.
+# What the environment says. Three of these also tell the model what it may do next.
 REPLY_PROBLEM = "Write the code that repairs it."
 REPLY_NONE = "Answer the question."
 REPLY_IMAGE = "This is the image now."
@@ -47,7 +48,7 @@ PASSAGE_CHARACTERS = 1000       # of each passage; those of an encyclopedia have
 @dataclass
 class Limits:
     """How an episode is sampled, and when it ends."""
-    temperature: float = 1.0        # of sampling and of the training log-probs; paper: 1
+    temperature: float = 1.0        # of sampling and training log-probs alike; paper: 1
     max_new_tokens: int = 256       # tokens that the model may write in one turn; paper: 256
     max_turns: int = 5              # turns in an episode; paper: 5, in evaluation
     max_length: int = 4096          # tokens in an episode; an observation that does not fit ends it
@@ -90,7 +91,7 @@ class Episode:
         logp is None, and self.logp gets 0.0 for each id, so that self.ids, self.mask and self.logp
         always have one length. holders: how many of `ids` are image placeholders; there are some
         exactly if there are images. The lists that you pass in stay as they are.
-        Raises ValueError, with the episode as it was, where one of this is not so.
+        Raises ValueError, and leaves the episode as it was, if any of this does not hold.
         """
         if mask == 1 and (logp is None or len(logp) != len(ids) or images):
             raise ValueError("sampled ids need exactly one log-prob each and bring no image")
@@ -112,6 +113,12 @@ class Episode:
 
 
 # --- one turn -------------------------------------------------------------------------------------
+#
+# `Rows` (extras/engine.py) holds one row for each episode, and the key-value cache of all:
+#   rows.feed(episodes)   computes what is new in each: its prompt, later its observation
+#   rows.newest [b, D]    the last hidden state of each row in the batch; rows.batch [b] names them
+#   rows.step(ids)        computes the sampled tokens; False once every row has ended its turn
+#   rows.writing [b]      True where a row has not ended its turn; such rows stay in the batch
 
 
 def sample_tokens(policy: Policy, rows: Rows, temperature: float,
@@ -173,8 +180,8 @@ def observe(episodes: list[Episode], tools: Tools) -> list[tuple[str, Image.Imag
     """Carries out the actions of the episodes' last turns.
 
     Returns an observation (text, image) for each episode, None after an answer. A tool that is None
-    is switched off: programs "return" the unchanged image, searches find nothing. This is the
-    control experiment that shows whether the tool did it.
+    is switched off: programs "return" the unchanged image, and a search is told that there is none.
+    This is the control experiment that shows whether the tool did it.
     """
     coders = [e.turns[-1] for e in episodes if e.turns[-1].action.kind == "code"]
     views = [e.view for e in episodes if e.turns[-1].action.kind == "code"]
@@ -240,7 +247,7 @@ def add_observations(policy: Policy, episodes: list[Episode], observations: list
         images = [] if view is None else [inputs[id(view)]]
         ids = policy.observation_ids(text, images)
         if len(episode.ids) + len(ids) >= limits.max_length:
-            episode.ended = "length"        # nothing is truncated, through an image least of all
+            episode.ended = "length"        # nothing is truncated, least of all inside an image
             continue
         turn.observation, episode.view = text, view or episode.view
         episode.append(ids, mask=0, images=images,
@@ -302,8 +309,8 @@ class Batch:
     attention: torch.Tensor      # [B, T], 1 where there is a token
     mask: torch.Tensor           # [B, L], 1 where the policy sampled the token
     logp_old: torch.Tensor       # [B, L], at sampling; 0 elsewhere
-    targets: torch.Tensor        # [N], the sampled tokens, episode by episode
-    states: torch.Tensor         # [N], row * T + column of the hidden state that predicts each
+    targets: torch.Tensor        # [K], the sampled tokens, episode by episode
+    states: torch.Tensor         # [K], row * T + column of the hidden state that predicts each
     images: list[ImageInput]     # row by row, in reading order
 
 
@@ -314,7 +321,7 @@ def collate(policy: Policy, episodes: list[Episode]) -> Batch:
     logp_old = padded([torch.tensor(e.logp, dtype=torch.float32) for e in episodes])
     attention = padded([torch.ones(len(e.ids), dtype=torch.long) for e in episodes])
     positions = padded([policy.positions(e.ids, e.images).T for e in episodes])     # [B, T, 3]
-    rows, columns = mask.nonzero(as_tuple=True)                                     # [N], [N]
+    rows, columns = mask.nonzero(as_tuple=True)                                     # [K], [K]
     states = rows * ids.shape[1] + columns - 1      # a token is predicted by the one before it
     tensors = (ids, positions.permute(2, 0, 1), attention, mask, logp_old, ids[rows, columns],
                states)
@@ -331,21 +338,22 @@ def padded(rows: list[torch.Tensor]) -> torch.Tensor:
 class RowLayout:
     """How an update cuts episodes into tensors: each episode is a row of its own.
 
-    extras/tree.py has another layout, in which a group shares its prompt: the same gradient.
+    In extras/tree.py a group shares its prompt, which gives the same gradient.
     """
     tokens: int = 2048              # in one forward pass, with padding; one episode may have more
-    checkpointing: bool = False     # backward computes each layer again instead of keeping it
+    around: Callable = nullcontext  # context of a forward pass: extras/weights.py:checkpointing
 
     def minibatches(self, policy: Policy, episodes: list[Episode], count: int,
                     generator: torch.Generator) -> list[list[int]]:
-        """Indices of the episodes of each optimiser step of a pass; several in a random order."""
+        """Indices of the episodes of each optimiser step of a pass, shuffled if there are several.
+        """
         order = torch.arange(len(episodes))
         if count > 1:
             order = torch.randperm(len(episodes), generator=generator, device=generator.device)
         return [part.tolist() for part in order.chunk(count) if len(part)]
 
     def micro_batches(self, policy: Policy, episodes: list[Episode]) -> list[list[int]]:
-        """Indices of the episodes of each forward pass; like lengths go together."""
+        """Indices of the episodes of each forward pass. Episodes of similar length share one."""
         return cut([len(episode.ids) for episode in episodes], self.tokens)
 
     def pack(self, policy: Policy, episodes: list[Episode]) -> Batch:

@@ -183,7 +183,7 @@ class Run:
             self.midway(str(step))
 
     @contextmanager
-    def step(self):
+    def uninterrupted(self):
         """Around an update and its record: signals wait for the end; then a checkpoint if due."""
         with self.signals.hold():
             self.torn = True

@@ -82,18 +82,19 @@ MUTANTS = [
            '"AS": used + (jail.memory_mb << 20)}', '"AS": resource.RLIM_INFINITY}',
            ("test_tools.py::test_the_second_lines_of_defence_are_up",)),
     Mutant("environment_passed_on",
-           "programs see the trainer's environment variables, keys included", "tools.py",
+           "programs see the trainer's environment variables, keys included", "extras/worker.py",
            "env=environment, pass_fds", "env=os.environ | environment, pass_fds",
            ("test_tools.py::test_nothing_of_the_trainer_is_inherited",)),
     Mutant("link_followed", "a link to any file is read as the program's picture", "extras/jail.py",
            "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK",
            ("test_tools.py::test_the_output_must_be_an_ordinary_file",)),
     Mutant("decoded_by_the_trainer", "the picture is decoded where the model is, not in the jail",
-           "tools.py",
-           "            if file.read(len(start)) == start:\n",
-           "            with suppress(Exception):\n"
-           '                return Image.open(io.BytesIO(file.read())).convert("RGB"), None\n'
-           "            if file.read(len(start)) == start:\n",
+           "extras/worker.py",
+           "    if file.read(len(start)) != start:\n",
+           "    import io\n"
+           "    with suppress(Exception):\n"
+           '        return Image.open(io.BytesIO(file.read())).convert("RGB"), None\n'
+           "    if file.read(len(start)) != start:\n",
            ("test_tools.py::test_a_program_that_says_itself_that_it_is_done_has_ended_itself",)),
     Mutant("any_size_is_decoded", "a picture of any size is decoded", "extras/jail.py",
            "if image.width * image.height > PIXELS or max(image.size) > SIDE:", "if False:",
@@ -103,12 +104,11 @@ MUTANTS = [
            "return [done[job] for job in work]", "return [done[job] for job in unique]",
            ("test_tools.py::test_map_keeps_the_order_and_runs_equal_jobs_once",)),
     # search
-    Mutant("replay_ignores_k", "a search for 4 passages gets the 2 of an earlier one", "tools.py",
-           "WHERE query = ? AND k = ? AND backend", "WHERE query = ? AND ? > 0 AND backend",
+    Mutant("replay_ignores_k", "a search for 4 passages gets the 2 of an earlier one",
+           "extras/search.py", "WHERE query = ? AND k = ? ", "WHERE query = ? AND ? > 0 ",
            ("test_search.py::test_a_record_answers_what_was_asked_before",)),
-    Mutant("passages_not_ranked", "passages come in the order of the file", "tools.py",
-           """yield " OR ".join(f'"{word}"' for word in words), "ORDER BY rank"\n            return""",
-           """yield " OR ".join(f'"{word}"' for word in words), ""\n            return""",
+    Mutant("passages_not_ranked", "passages come in the order of the file", "extras/search.py",
+           'yield any_of(words), "ORDER BY rank"', 'yield any_of(words), ""',
            ("test_search.py::test_a_corpus_ranks_by_bm25",)),
     # data
     Mutant("test_numbers_in_training", "the held-out numbers are trained on", "data/mini.py",

@@ -1,10 +1,12 @@
-"""Task 8: jail.limit_resources. What it asks of the kernel is recorded;
-then one process is really locked."""
+"""Task 8: jail.limit_resources. Most tests record what it asks of the kernel; the last one limits a
+real process.
+"""
 
 import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,16 +15,15 @@ from extras import jail
 
 from .check import expect
 
-ROOT = jail.__file__.rpartition("/")[0]
+ROOT = str(Path(jail.__file__).parents[1])
 
 
 def asked(seconds: float = 2.5, memory_mb: int = 64) -> dict:
-    """{"CPU": (soft, hard), ...}; AS less what this process uses, to 256 MB,
-    as the names below say."""
+    """What limit_resources asks for: {"CPU": (soft, hard), ...}."""
     seen, names = {}, ("CPU", "FSIZE", "NOFILE", "CORE", "NPROC", "AS")
     where = jail.Jail(0, "", [], [], seconds, memory_mb, [])
-    with mock.patch.object(jail.resource, "setrlimit", lambda which,
-                           limits: seen.update({which: tuple(limits)})):
+    with mock.patch.object(jail.resource, "setrlimit",
+                           lambda which, limits: seen.update({which: tuple(limits)})):
         jail.limit_resources(where)
     return {name: seen[getattr(resource, f"RLIMIT_{name}")] for name in names
             if getattr(resource, f"RLIMIT_{name}") in seen}
@@ -31,11 +32,11 @@ def asked(seconds: float = 2.5, memory_mb: int = 64) -> dict:
 def test_processor_time():
     expect(lambda: asked()["CPU"], (4, 5), {
         "no limit of processor time is set": "raised KeyError",
-        "the seconds are rounded down; up, and one more": (3, 4),
-        "soft and hard limit of the processor time are equal: the hard one is one second later": (4,
-            4),
-        "one second must be added: the wall clock comes first": (3, 4),
-        "the time is not rounded up to whole seconds": (3.5, 4.5)}, "2.5 seconds")
+        "the seconds are rounded down; round them up, and add one": (3, 4),
+        "soft and hard limit of the processor time are equal: the hard one is one second later":
+            (4, 4),
+        "the time is not rounded up to whole seconds": (3.5, 4.5),
+    }, "2.5 seconds")
 
 
 def test_the_fixed_limits():
@@ -43,42 +44,44 @@ def test_the_fixed_limits():
                              ("NOFILE", jail.OPEN_FILES, "files could be opened without end"),
                              ("CORE", 0, "a crash would leave a file"),
                              ("NPROC", 0, "processes could be started")):
-        expect(lambda: asked()[name], (value, value), {
+        expect(lambda name=name: asked()[name], (value, value), {
             f"RLIMIT_{name} is not set: {why}": "raised KeyError"}, f"RLIMIT_{name}")
+
+
+def pages(place: int) -> int:
+    """A number of /proc/self/statm, in bytes: 0 is the address space, 1 what is in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[place]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(not jail.LINUX, reason="only Linux keeps this limit")
 def test_memory_comes_on_top_of_the_interpreter():
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    used = pages(0)
 
-    def beyond():
-        """MB that a program would have beyond what this process already uses, in steps of 32."""
-        return round((asked()["AS"][0] - used) / (32 << 20)) * 32
-    expect(beyond, 64, {
+    def steps(size: int) -> int:
+        """MB in steps of 32, as the process itself grows a little meanwhile."""
+        return round(size / (32 << 20)) * 32
+
+    alone = steps((64 << 20) - used)
+    expect(lambda: steps(asked()["AS"][0] - used), 64, {
         "no limit of memory is set": "raised KeyError",
-        "the memory limit is the program's alone; what the interpreter has already must be added": round(
-            ((64 << 20) - used) / (32 << 20)) * 32,
+        "the memory limit is the program's alone; add what the interpreter has already, which "
+        "/proc/self/statm counts in pages, not bytes": alone,
         "memory_mb is taken as bytes; a MB has 2 ** 20": 0,
-        "/proc/self/statm counts pages, not bytes": round(((64 << 20) - used) / (32 << 20)) * 32,
-        "the second number of /proc/self/statm is what is in memory; the first is the address space": round(
-            ((64 << 20) - used + resident()) / (32 << 20)) * 32,
+        "the second number of /proc/self/statm is what is in memory; the first is the address "
+        "space": steps((64 << 20) - used + pages(1)),
     }, "64 MB")
-
-
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(not jail.LINUX, reason="only Linux keeps this limit")
 def test_a_program_that_wants_too_much():
-    """In a process of its own: 10 MB can be had, 200 MB of 64 cannot."""
-    program = (f"import json, sys; sys.path.insert(0, {json.dumps(ROOT)}); import jail\n"
+    """In a process of its own with 64 MB: it gets 10 MB, and does not get 200 MB."""
+    program = (f"import sys; sys.path.insert(0, {json.dumps(ROOT)})\n"
+               "from extras import jail\n"
                "jail.limit_resources(jail.Jail(0, '', [], [], 5, 64, []))\n"
                "bytearray(10 << 20); print('small', end=' ')\n"
-               "try:\n    bytearray(200 << 20); print('large')\nexcept MemoryError:\n    "
-               "print('stopped')")
+               "try:\n    bytearray(200 << 20); print('large')\n"
+               "except MemoryError:\n    print('stopped')")
 
     def printed():
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
@@ -86,6 +89,8 @@ def test_a_program_that_wants_too_much():
         if "NotImplementedError" in done.stderr:
             raise NotImplementedError(done.stderr.strip().splitlines()[-1].partition(": ")[2])
         return done.stdout.strip()
+
     expect(printed, "small stopped", {
         "a program gets more memory than memory_mb": "small large",
-        "an honest program gets no memory at all": ""}, "10 MB, then 200 MB, of 64")
+        "an honest program gets no memory at all": "",
+    }, "10 MB, then 200 MB, of 64")

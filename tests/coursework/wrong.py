@@ -1,8 +1,8 @@
-"""Typical wrong versions of the tasks' functions, and what the tests must say to each. Not in
-student copies.
+"""Typical wrong versions of the tasks' functions, and what the tests must say to each of them.
 
 tests/test_coursework.py puts each in the place of the right one. Some are small changes of the
-right code, so that the words are known to be about that change and nothing else.
+right code, so that the words are known to be about that change and nothing else. Student copies do
+not get this file.
 """
 
 import inspect
@@ -12,15 +12,15 @@ import torch
 
 import data.mini
 import grpo
-from extras import jail
 import policy
 import rewards
 import rollout
 import tools
+from extras import jail, search
 
 MODULES = {"tools.py": tools, "rollout.py": rollout, "rewards.py": rewards, "grpo.py": grpo,
-           "policy.py": policy,
-           "extras/jail.py": jail, "data/mini.py": data.mini}
+           "policy.py": policy, "extras/jail.py": jail, "extras/search.py": search,
+           "data/mini.py": data.mini}
 
 
 def holder(file: str, name: str):
@@ -31,18 +31,17 @@ def holder(file: str, name: str):
 
 def changed(file: str, name: str, old: str, new: str):
     """The right function with one piece of its source, below the docstring, replaced."""
-    head, quotes, body = textwrap.dedent(inspect.getsource(getattr(*holder(file,
-            name)))).rpartition('"""')
+    source = textwrap.dedent(inspect.getsource(getattr(*holder(file, name))))
+    head, quotes, body = source.rpartition('"""')
     if body.count(old) != 1:
-        raise ValueError(
-            f"{file}:{name} has {old!r} {body.count(old)} times: correct tests/coursework/wrong.py")
+        raise ValueError(f"{file}:{name} has {old!r} {body.count(old)} times: "
+                         "correct tests/coursework/wrong.py")
     names = dict(vars(MODULES[file]))
     exec(head + quotes + body.replace(old, new), names)
     return names[name.split(".")[-1]]
 
 
-# (task, file, function, piece of the right code, what stands there instead, what the tests must
-# say)
+# (task, file, function, a piece of the right code, what replaces it, what the tests must say)
 CHANGES = (
     (1, "tools.py", "parse", "str.strip)(body)", "str)(body)", "keeps the blanks"),
     (1, "tools.py", "parse", '"problem": read_labels, ', "", "labels are still one text"),
@@ -153,24 +152,25 @@ CHANGES = (
      "rounded down"),
     (8, "extras/jail.py", "limit_resources", ', "NPROC": 0', "", "processes could be started"),
     (8, "extras/jail.py", "limit_resources", '"CORE": 0, ', "", "a crash would leave"),
-    (8, "extras/jail.py", "limit_resources",
-     "used + (jail.memory_mb << 20)", "jail.memory_mb << 20", "interpreter has already"),
+    (8, "extras/jail.py", "limit_resources", "used + (jail.memory_mb << 20)",
+     "jail.memory_mb << 20", "interpreter has already"),
     (8, "extras/jail.py", "limit_resources", "jail.memory_mb << 20", "jail.memory_mb",
      "taken as bytes"),
-    (9, "tools.py", "Replay.search", "if row is not None:", "if False:", "asks the engine again"),
-    (9, "tools.py", "Replay.search", "k = ?", "? > 0", "k is not part"),
-    (9, "tools.py", "Replay.search", " AND backend = coalesce(?, backend)", " AND ? = ?3",
+    (9, "extras/search.py", "Replay.search", "if row is not None:", "if False:",
+     "asks the engine again"),
+    (9, "extras/search.py", "Replay.search", "k = ?", "? > 0", "k is not part"),
+    (9, "extras/search.py", "Replay.search", "AND backend = coalesce(?, backend)", "AND ? = ?3",
      "one engine's passages"),
-    (9, "tools.py", "Replay.search", "backend = coalesce(?, backend)", "backend = ?",
+    (9, "extras/search.py", "Replay.search", "backend = coalesce(?, backend)", "backend = ?",
      "record of any back end counts"),
-    (9, "tools.py", "Replay.search",
+    (9, "extras/search.py", "Replay.search",
      'raise SearchError("this query is not in the record")', "return []", "not an empty list"),
-    (9, "tools.py", "Replay.search",
+    (9, "extras/search.py", "Replay.search",
      "self.hits + (row is not None), self.misses + (row is None)", "0, 0", "are not counted"),
-    (9, "tools.py", "Replay.search",
+    (9, "extras/search.py", "Replay.search",
      "[Passage(*passage) for passage in json.loads(row[0])]", "json.loads(row[0])",
      "must give Passage objects"),
-    (9, "tools.py", "Replay.search", "with self._lock, self.db:", "with self._lock:",
+    (9, "extras/search.py", "Replay.search", "with self._lock, self.db:", "with self._lock:",
      "never committed"),
     (10, "data/mini.py", "noise", "< 0.8", "< 0.2", "share is turned round"),
     (10, "data/mini.py", "noise", "pixels.shape[:2]", "pixels.shape", "each channel"),

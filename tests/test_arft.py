@@ -21,7 +21,7 @@ from extras.weights import load
 from rollout import Episode
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
-SHORT = ["--steps", "2", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "3",
+SHORT = ["--steps", "2", "--samples-per-step", "2", "--group-size", "4", "--eval-samples", "1",
          "--eval-sampled", "off", "--max-turns", "3"]
 
 

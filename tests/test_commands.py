@@ -379,8 +379,8 @@ def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training, a
     """Every training row is seen at least once."""
     code, out = run(tmp_path, "--task", "mat-coding", "--steps", 2, "--data", MAT_SAMPLE,
                     "--protocol", protocol, "--samples-per-step", at_once, "--group-size", 2,
-                    "--max-turns", 3, "--zero-variance", "keep", "--inner-epochs", 1,
-                    "--minibatches", 1)
+                    "--max-turns", 3, "--max-new-tokens", 48, "--zero-variance", "keep",
+                    "--inner-epochs", 1, "--minibatches", 1)
     assert code == 0 and f"4 held-out samples, {training} for training" in capsys.readouterr().out
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and all(m["logp_error"] < 1e-4 for m in steps)
@@ -399,8 +399,8 @@ def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training, a
 def test_one_step_on_the_published_search_row(tmp_path):
     code, out = run(tmp_path, "--task", "mat-search", "--steps", 1, "--data", MAT_SAMPLE,
                     "--protocol", "paper", "--samples-per-step", 1, "--group-size", 2,
-                    "--zero-variance", "keep", "--tools", "off", "--inner-epochs", 1,
-                    "--minibatches", 1)
+                    "--zero-variance", "keep", "--tools", "off",
+                    "--inner-epochs", 1, "--minibatches", 1)
     assert code == 0
     step = json.loads((out / "metrics.jsonl").read_text())
     assert step["answer"] == step["em"] == step["problem"] == 0.0 and step["updates"] == 1

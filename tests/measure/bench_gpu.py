@@ -15,7 +15,8 @@ early, so that every way of sampling has the same work. The program prints
     no graph   the same with --cuda-graph off
     generate   transformers' generate for each turn, which prefills the whole conversation again
                for every row
-    update     one optimiser step on these episodes, and rows against trees as in bench_update.py
+    update     one step of plain AdamW on these episodes, whose images keep their features as in a
+               run with a frozen vision tower; then rows against trees as in bench_update.py
 
 The bandwidth limit: a step of decoding must read the language model's weights and every key and
 value once. The limit is the time that a plain copy of so many bytes takes on this machine.
@@ -25,7 +26,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -35,8 +35,11 @@ import torch
 from PIL import Image
 
 import grpo
+from arft import Config
 from bench_shapes import SHAPES, make_policy
-from rollout import Clock, Episode, Limits, Rows, decode_turn
+from extras.engine import Clock, Rows, see
+from extras.tree import TreeLayout
+from rollout import Episode, Limits, decode_turn, fork
 
 MAT_ITEMS = 200
 
@@ -53,8 +56,9 @@ class Meter(Clock):
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        with self.phase(phase):
-            result = function(*arguments)
+        self.start(phase)
+        result = function(*arguments)
+        self.stop(phase)
         if self.device == "cuda":
             self.peak[phase] = max(self.peak.get(phase, 0.0),
                                    torch.cuda.max_memory_allocated() / 2**30)
@@ -100,18 +104,17 @@ def observations(policy, args) -> list[list]:
 @torch.inference_mode()
 def sample_ours(policy, prompts, replies, args, meter, graph: str) -> list[Episode]:
     """Does what rollout.rollout does, with turns of a fixed length and prepared replies."""
-    limits = Limits(1.0, args.tokens, args.turns, cuda_graph=graph == "on")
+    limits = Limits(max_new_tokens=args.tokens, max_turns=args.turns)
     generator = torch.Generator(policy.device).manual_seed(0)
-    rows = Rows(policy, limits)
-    features = meter.run("vision", policy.features,
-                         [image for prompt in prompts for image in prompt.images])
-    where = [policy.positions(prompt.ids, prompt.images) for prompt in prompts]
-    meter.run("prefill", rows.feed, [prompt.ids for prompt in prompts], where, features)
+    rows = Rows(policy, args.tokens)
+    rows.static = graph == "on" and policy.device.type == "cuda"
+    policy.keep_features = True     # `see` computes them, `feed` and the update find them
+    meter.run("vision", see, policy, [image for prompt in prompts for image in prompt.images])
+    meter.run("prefill", rows.feed, prompts)
     meter.run("prefill", rows.repeat, args.group)
-    episodes = [Episode(None, list(p.ids), list(p.mask), list(p.logp), list(p.images))
-                for p in prompts for _ in range(args.group)]
+    episodes = [fork(prompt) for prompt in prompts for _ in range(args.group)]
     for turn in range(args.turns):
-        written = meter.run("decode", decode_turn, rows, limits, generator)
+        written = meter.run("decode", decode_turn, policy, rows, limits, generator)
         for episode, (ids, logp) in zip(episodes, written, strict=True):
             episode.append(ids, 1, logp)
         if turn < args.turns - 1:
@@ -121,15 +124,12 @@ def sample_ours(policy, prompts, replies, args, meter, graph: str) -> list[Episo
 
 def feed_replies(policy, rows, episodes, replies, meter) -> None:
     """Adds the replies to episodes and cache."""
-    pieces = [[e.ids[-1], *ids] for e, (ids, _) in zip(episodes, replies, strict=True)]
     for episode, (ids, images) in zip(episodes, replies, strict=True):
         episode.append(ids, 0, images=images, holders=sum(map(policy.image_tokens, images)))
-    features = meter.run("vision of replies", policy.features,
-                         [image for _, images in replies for image in images])
-    where = [policy.positions(e.ids, e.images)[:, -len(piece):]
-             for e, piece in zip(episodes, pieces, strict=True)]
+    shown = [image for _, images in replies for image in images]
+    meter.run("vision of replies", see, policy, shown)
     meter.run("prefill of replies", rows.keep, list(range(len(episodes))))
-    meter.run("prefill of replies", rows.feed, pieces, where, features)
+    meter.run("prefill of replies", rows.feed, episodes)
 
 
 @torch.inference_mode()
@@ -158,17 +158,14 @@ def sample_by_generate(policy, prompts, replies, args) -> None:
 
 def train(policy, episodes, args) -> None:
     """Takes one optimiser step with the options that are default on a GPU, without a reference."""
-    config = SimpleNamespace(
-        inner_epochs=1, minibatches=1, micro_batch=args.micro_batch,
-        micro_batch_tokens=args.micro_batch_tokens, beta=0.0, update="tree",
-        checkpointing="on" if args.device == "cuda" else "off", temperature=1.0, loss_type="grpo",
-        clip_low=0.2, clip_high=0.2, max_sampled=args.turns * args.tokens, max_grad_norm=1.0)
+    config = Config(group_size=args.group, inner_epochs=1, minibatches=1, beta=0.0,
+                    max_new_tokens=args.tokens, max_turns=args.turns)
     policy.model.model.visual.requires_grad_(False)
-    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6)
     advantages = torch.tensor([1.0, -1.0] * (len(episodes) // 2) + [0.0] * (len(episodes) % 2))
-    grpo.update(policy, None, episodes, advantages, optimizer, config,
-                torch.Generator(policy.device))
+    grpo.update(policy, None, episodes, advantages, config,
+                optimizer=grpo.Optimizer(policy, 1e-6, config.max_grad_norm),
+                layout=TreeLayout(args.micro_batch_tokens, args.device == "cuda"),
+                generator=torch.Generator(policy.device))
 
 
 def copy_speed(device: str) -> float:
@@ -264,7 +261,6 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small" if small else "3b")
     for name, (on_cpu, on_gpu) in {"samples": (2, 16), "group": (8, 8), "turns": (3, 3),
                                    "tokens": (24, 256), "side": (336, 720),
-                                   "micro_batch": (4, 2),
                                    "micro_batch_tokens": (2048, 8192)}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int,
                             default=on_cpu if small else on_gpu)

@@ -23,17 +23,17 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+from arft import Config
 from bench_shapes import SHAPES, make_policy
-from grpo import frozen_logp, group_advantages, update
-from extras.tree import micro_batches, pack
+from extras.tree import TreeLayout
+from grpo import Optimizer, frozen_logp, group_advantages, update
 from policy import Policy
-from rollout import Episode
+from rollout import Episode, RowLayout
 
 # bf16, dense, published
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -67,7 +67,7 @@ def make_episodes(policy: Policy, groups: int, group_size: int, prompt: int, con
     return episodes
 
 
-def operations(policy: Policy, episodes: list[Episode], layout: str, limit: int) -> float:
+def operations(policy: Policy, episodes: list[Episode], layout: RowLayout) -> float:
     """Arithmetic operations of one forward and backward pass.
 
     The matrices count for every token, attention for every pair of tokens in a row, the vocabulary
@@ -76,8 +76,8 @@ def operations(policy: Policy, episodes: list[Episode], layout: str, limit: int)
     text = policy.model.config.text_config
     layers = sum(w.numel() for w in policy.model.model.language_model.layers.parameters())
     total = 0.0
-    for part in micro_batches(policy, episodes, limit, layout):
-        rows, length = pack(policy, [episodes[i] for i in part], layout).ids.shape
+    for part in layout.micro_batches(policy, episodes):
+        rows, length = layout.pack(policy, [episodes[i] for i in part]).ids.shape
         total += 6 * layers * rows * length
         total += 12 * text.num_hidden_layers * text.hidden_size * rows * length ** 2
     sampled = sum(sum(episode.mask) for episode in episodes)
@@ -108,34 +108,41 @@ class Meter:
         self.peak = torch.cuda.max_memory_allocated() / 2 ** 30 if self.cuda else None
 
 
-def measure(policy: Policy, episodes: list[Episode], group_size: int, config,
+class Still(Optimizer):
+    """SGD with a learning rate of 0: the gradient is clipped and measured, no weight changes."""
+
+    def make(self, lr: float):
+        return torch.optim.SGD(self.weights, lr=0.0)
+
+
+def measure(policy: Policy, episodes: list[Episode], config: Config, layouts: dict[str, RowLayout],
             rounds: int) -> dict[str, dict]:
     """For each layout: median seconds of an update and of the reference's pass, peak GiB of both
     (None on a CPU), and the gradient's norm, which shows that both layouts did the same work."""
-    advantages = group_advantages(torch.arange(float(len(episodes))) % group_size, group_size)
-    optimizer = torch.optim.SGD([w for w in policy.model.parameters() if w.requires_grad], lr=0.0)
+    G = config.group_size
+    advantages = group_advantages(torch.arange(float(len(episodes))) % G, G)
+    optimizer = Still(policy, 0.0, config.max_grad_norm)
     # the vision tower is frozen: it computes each image once, before the clock starts
     policy.keep_features = True
     with torch.no_grad():
         policy.features([image for episode in episodes for image in episode.images])
-    seconds = {layout: ([], []) for layout in ("rows", "tree")}
-    results = {layout: {} for layout in seconds}
+    seconds = {name: ([], []) for name in layouts}
+    results = {name: {} for name in layouts}
     meter = Meter(policy.device)
     for _ in range(rounds + 1):
-        for layout, (updates, references) in seconds.items():
-            config.update = layout
+        for name, (updates, references) in seconds.items():
             with meter:
-                stats = update(policy, None, episodes, advantages, optimizer, config,
-                               torch.Generator())
+                stats = update(policy, None, episodes, advantages, config, optimizer=optimizer,
+                               layout=layouts[name], generator=torch.Generator())
             done = {"update_gib": meter.peak, "grad_norm": stats["grad_norm"]}
             updates.append(meter.seconds)
             with meter:
-                frozen_logp(policy, episodes, config)
+                frozen_logp(policy, episodes, config.temperature, layouts[name])
             references.append(meter.seconds)
-            results[layout] |= done | {"reference_gib": meter.peak}
-    for layout, (updates, references) in seconds.items():       # the first round is a warm-up
-        results[layout] |= {"update": statistics.median(updates[1:]),
-                            "reference": statistics.median(references[1:])}
+            results[name] |= done | {"reference_gib": meter.peak}
+    for name, (updates, references) in seconds.items():         # the first round is a warm-up
+        results[name] |= {"update": statistics.median(updates[1:]),
+                          "reference": statistics.median(references[1:])}
     return results
 
 
@@ -156,15 +163,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
 
 
-def make_config(options: argparse.Namespace, cuda: bool) -> SimpleNamespace:
-    """The options of `grpo.update`."""
-    return SimpleNamespace(
-        inner_epochs=1, minibatches=1, micro_batch_tokens=options.micro_batch_tokens,
-        temperature=1.0, loss_type="grpo",
-        checkpointing=options.checkpointing or ("on" if cuda else "off"), clip_low=0.2,
-        clip_high=0.2, beta=0.0, max_sampled=options.continuation, max_grad_norm=1.0)
-
-
 def bench(options: argparse.Namespace) -> None:
     """Measures both layouts and prints a table."""
     torch.set_num_threads(options.threads)
@@ -172,19 +170,22 @@ def bench(options: argparse.Namespace) -> None:
     shape = options.shape or ("3b" if cuda else "small")
     policy = make_policy(shape, options.device, torch.bfloat16 if cuda else torch.float32)
     policy.model.model.visual.requires_grad_(False)
-    G = options.group_size
+    G, checkpointing = options.group_size, options.checkpointing or ("on" if cuda else "off")
     episodes = make_episodes(policy, options.groups or (4 if cuda else 1), G, options.prompt,
                              options.continuation, 56 if shape == "tiny" else options.side)
-    config = make_config(options, cuda)
+    config = Config(group_size=G, inner_epochs=1, minibatches=1, beta=0.0, max_turns=1,
+                    max_new_tokens=options.continuation)
+    layouts = {name: layout(options.micro_batch_tokens, checkpointing == "on")
+               for name, layout in (("rows", RowLayout), ("tree", TreeLayout))}
     print(f"update, shape {shape} on {options.device}, {len(episodes) // G} groups of {G}, "
-          f"{options.prompt} + {options.continuation} tokens, checkpointing {config.checkpointing}")
-    results = measure(policy, episodes, G, config, options.rounds)
-    name = torch.cuda.get_device_name() if cuda else ""
-    peak = next((value for key, value in PEAK.items() if key in name), None)
+          f"{options.prompt} + {options.continuation} tokens, checkpointing {checkpointing}")
+    results = measure(policy, episodes, config, layouts, options.rounds)
+    device = torch.cuda.get_device_name() if cuda else ""
+    peak = next((value for key, value in PEAK.items() if key in device), None)
     tokens = sum(len(episode.ids) for episode in episodes)
-    for layout, result in results.items():
-        done = operations(policy, episodes, layout, config.micro_batch_tokens) / result["update"]
-        print(f"  {layout}  update {result['update']:8.3f} s  "
+    for name, result in results.items():
+        done = operations(policy, episodes, layouts[name]) / result["update"]
+        print(f"  {name}  update {result['update']:8.3f} s  "
               f"{tokens / result['update']:8.0f} tokens/s  {done / 1e12:7.3f} TFLOP/s"
               + (f" = {100 * done / peak:.0f}% of peak" if peak else "")
               + f"  gradient {result['grad_norm']:.5g}  reference {result['reference']:.3f} s"

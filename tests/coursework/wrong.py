@@ -1,8 +1,8 @@
-"""Typical wrong versions of the tasks' functions, and what the tests must say to each. Not in
-student copies.
+"""Typical wrong versions of the tasks' functions, and what the tests must say about each.
 
-tests/test_coursework.py puts each in the place of the right one. Some are small changes of the
-right code, so that the words are known to be about that change and nothing else.
+tests/test_coursework.py puts each in the place of the right one. Most are small changes of the
+right code, so that the words are certain to be about that change and nothing else. Student copies
+do not have this file.
 """
 
 import inspect
@@ -12,37 +12,36 @@ import torch
 
 import data.mini
 import grpo
-from extras import jail
 import policy
 import rewards
 import rollout
 import tools
+from extras import jail, search
 
 MODULES = {"tools.py": tools, "rollout.py": rollout, "rewards.py": rewards, "grpo.py": grpo,
-           "policy.py": policy,
-           "extras/jail.py": jail, "data/mini.py": data.mini}
+           "policy.py": policy, "extras/jail.py": jail, "extras/search.py": search,
+           "data/mini.py": data.mini}
 
 
 def holder(file: str, name: str):
-    """(the module or class that has the function, its own name there)"""
+    """The module or class that has the function, and the function's name there."""
     *classes, last = name.split(".")
     return (getattr(MODULES[file], classes[0]) if classes else MODULES[file]), last
 
 
 def changed(file: str, name: str, old: str, new: str):
     """The right function with one piece of its source, below the docstring, replaced."""
-    head, quotes, body = textwrap.dedent(inspect.getsource(getattr(*holder(file,
-            name)))).rpartition('"""')
+    source = textwrap.dedent(inspect.getsource(getattr(*holder(file, name))))
+    head, quotes, body = source.rpartition('"""')
     if body.count(old) != 1:
-        raise ValueError(
-            f"{file}:{name} has {old!r} {body.count(old)} times: correct tests/coursework/wrong.py")
+        raise ValueError(f"{file}:{name} has {old!r} {body.count(old)} times, not once: correct "
+                         "tests/coursework/wrong.py")
     names = dict(vars(MODULES[file]))
     exec(head + quotes + body.replace(old, new), names)
     return names[name.split(".")[-1]]
 
 
-# (task, file, function, piece of the right code, what stands there instead, what the tests must
-# say)
+# (task, file, function, piece of the right code, what replaces it, what the tests must say)
 CHANGES = (
     (1, "tools.py", "parse", "str.strip)(body)", "str)(body)", "keeps the blanks"),
     (1, "tools.py", "parse", '"problem": read_labels, ', "", "labels are still one text"),
@@ -102,12 +101,12 @@ CHANGES = (
      "groups.std(dim=1, keepdim=True) + 1e-4", "groups.std(dim=1, keepdim=True) + 1e-8", "1e-8"),
     (4, "grpo.py", "group_advantages",
      "groups.std(dim=1, keepdim=True)", "groups.var(dim=1, keepdim=True)", "variance"),
-    (4, "grpo.py", "group_advantages", "centred.masked_fill(flat, 0.0)", "centred", "exact zeros"),
+    (4, "grpo.py", "group_advantages", "centred.masked_fill(equal, 0.0)", "centred", "exact zeros"),
     (4, "grpo.py", "group_advantages", "group_size < 2 or ", "", "group of one"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "-d", "this is k1"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "d ** 2 / 2", "this is k2"),
     (5, "grpo.py", "k3", "(logp_ref - logp)", "(logp - logp_ref)", "turned round"),
-    (5, "grpo.py", "k3", ".masked_fill(mask == 0, 0.0)", "", "ids with mask 0 count"),
+    (5, "grpo.py", "k3", ".masked_fill(mask == 0, 0.0)", "", "tokens with mask 0 count"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "d.exp() - d", "last - 1 is missing"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "(d.exp() - d - 1).detach()", "has no gradient"),
     (5, "grpo.py", "_token_means",
@@ -131,7 +130,7 @@ CHANGES = (
      "take their mean"),
     (6, "grpo.py", "_aggregate",
      "(per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()", "per_token.sum() / mask.sum()",
-     "all ids count"),
+     "all tokens count"),
     (6, "grpo.py", "_aggregate", "per_token.masked_fill(mask == 0, 0.0)", "per_token * mask",
      "inf * 0 is nan"),
     (6, "grpo.py", "_aggregate", "(len(mask) * max_length)", "max_length",
@@ -157,20 +156,20 @@ CHANGES = (
      "used + (jail.memory_mb << 20)", "jail.memory_mb << 20", "interpreter has already"),
     (8, "extras/jail.py", "limit_resources", "jail.memory_mb << 20", "jail.memory_mb",
      "taken as bytes"),
-    (9, "tools.py", "Replay.search", "if row is not None:", "if False:", "asks the engine again"),
-    (9, "tools.py", "Replay.search", "k = ?", "? > 0", "k is not part"),
-    (9, "tools.py", "Replay.search", " AND backend = coalesce(?, backend)", " AND ? = ?3",
+    (9, "extras/search.py", "Replay.search", "if row is not None:", "if False:", "asks the engine again"),
+    (9, "extras/search.py", "Replay.search", "k = ?", "? > 0", "k is not part"),
+    (9, "extras/search.py", "Replay.search", " AND backend = coalesce(?, backend)", " AND ? = ?3",
      "one engine's passages"),
-    (9, "tools.py", "Replay.search", "backend = coalesce(?, backend)", "backend = ?",
+    (9, "extras/search.py", "Replay.search", "backend = coalesce(?, backend)", "backend = ?",
      "record of any back end counts"),
-    (9, "tools.py", "Replay.search",
+    (9, "extras/search.py", "Replay.search",
      'raise SearchError("this query is not in the record")', "return []", "not an empty list"),
-    (9, "tools.py", "Replay.search",
+    (9, "extras/search.py", "Replay.search",
      "self.hits + (row is not None), self.misses + (row is None)", "0, 0", "are not counted"),
-    (9, "tools.py", "Replay.search",
+    (9, "extras/search.py", "Replay.search",
      "[Passage(*passage) for passage in json.loads(row[0])]", "json.loads(row[0])",
      "must give Passage objects"),
-    (9, "tools.py", "Replay.search", "with self._lock, self.db:", "with self._lock:",
+    (9, "extras/search.py", "Replay.search", "with self._lock, self.db:", "with self._lock:",
      "never committed"),
     (10, "data/mini.py", "noise", "< 0.8", "< 0.2", "share is turned round"),
     (10, "data/mini.py", "noise", "pixels.shape[:2]", "pixels.shape", "each channel"),

@@ -29,8 +29,8 @@ class Task:
 TASKS = (
     Task(1, "A turn becomes an action", (("tools.py", "parse"),),
          "The parser's last step: from the text of a turn to an Action. `read_tags`, "
-         "`read_labels`, `read_program` and `is_strict` are there. Whatever a model writes, `parse` "
-         "must not raise.", 20,
+         "`read_labels`, `read_program` and `is_strict` are there. Whatever a model writes, "
+         "`parse` must not raise.", 20,
          "`python arft.py --task mat-coding --steps 6 --eval-samples 20 --out runs/six` trains for "
          "six steps. Which share of the turns of step 1 in runs/six/episodes.jsonl (`when` is "
          "step-1) is malformed, and which of step 6? Why does that part of the reward move first?"),

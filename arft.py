@@ -49,16 +49,16 @@ class Config(Limits, Settings, Scoring, options.Machine):
         "mat-coding")                       # what to train and evaluate on
     model: str | None = None                # checkpoint folder or hub name
     data: str | None = None                 # MAT or FlashRAG folder, or one .jsonl file
-    seed: int = 0                           # of data order and sampling; same seed, same run (CPU)
+    seed: int = 0                           # the same seed gives the same run (one CPU process)
     steps: int | None = None                # training steps; paper: 1400 for its checkpoint
     samples_per_step: int | None = None     # questions in a step; paper: 16
     eval_only: bool = False                 # evaluate and stop
-    tools: Literal["on", "off"] = "on"      # off: nothing runs, nothing is searched (a control)
-    lora_rank: int | None = None            # of the adapters; 0 trains all weights; paper: 0
-    vision: Literal["frozen", "trained"] = "frozen"             # the vision tower
+    tools: Literal["on", "off"] = "on"      # off: no program runs, no search is made (a control)
+    lora_rank: int | None = None            # rank of LoRA; 0 trains all weights; paper: 0
+    vision: Literal["frozen", "trained"] = "frozen"     # whether the vision tower is trained
     lr: float | None = None                 # learning rate; paper: 1e-6, with LoRA ten times that
     warmup: int = 5                         # steps until the full learning rate
-    lr_schedule: Literal["linear", "constant"] = "linear"       # linear: to zero; paper: linear
+    lr_schedule: Literal["linear", "constant"] = "linear"       # paper: linear, down to zero
 
     @property
     def max_sampled(self) -> int:
@@ -112,7 +112,7 @@ def train(policy: Policy, training: list[Sample], config: Config, parts: Parts) 
         totals = torch.tensor([reward.total for reward in rewards])                     # [N]
         advantages = group_advantages(totals, config.group_size, config.scale)          # [N]
         with parts.run.step():      # Ctrl-C waits for its end: nothing is left half done
-            optimizer.adamw.param_groups[0]["lr"] = learning_rate(config, step)
+            optimizer.set_lr(learning_rate(config, step))
             stats = update(policy, reference, episodes, advantages, config, optimizer=optimizer,
                            layout=parts.layout, generator=parts.generator)
             parts.run.record(episodes, rewards, advantages, stats)

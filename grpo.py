@@ -277,6 +277,10 @@ class Optimizer:
         """AdamW (arXiv 1711.05101) without weight decay."""
         return torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps that follow."""
+        self.adamw.param_groups[0]["lr"] = lr
+
     def step(self, stats: dict[str, float], count: int) -> dict[str, float]:
         """One step on the gradient of a loss that is a mean over `count` episodes or tokens.
 
@@ -343,7 +347,7 @@ def accumulate(policy: Policy, episodes: list[Episode], advantages: torch.Tensor
     for part in layout.micro_batches(policy, episodes):
         batch = layout.pack(policy, [episodes[i] for i in part])
         ref = logp_ref and padded([logp_ref[i] for i in part])                           # [B, L]
-        with policy.checkpointing(layout.checkpointing):
+        with layout.around(policy):
             logp, entropy = episode_logp(policy, batch, config.temperature)
         loss, values = policy_loss(
             logp, batch.logp_old, ref, advantages[part].to(logp), batch.mask,

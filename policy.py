@@ -22,12 +22,10 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -268,25 +266,6 @@ class Policy:
         """
         logits = self.model.lm_head(hidden).float().masked_fill(self.barred, -torch.inf)
         return torch.log_softmax(logits / temperature, dim=-1)
-
-    @contextmanager
-    def checkpointing(self, on: bool = True):
-        """Gradient checkpointing: backward keeps each layer's input and computes the rest again.
-
-        This costs a third more arithmetic (one forward pass; backward costs two) and saves most of
-        the memory. transformers' own switch does nothing in eval mode, where this model is, and has
-        changed its name.
-        """
-        model = self.model.model
-        layers = [*model.language_model.layers, *model.visual.blocks] if on else []
-        for layer in layers:        # an attribute of the object is found before its class's method
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                    preserve_rng_state=False)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     # --- adapters ---------------------------------------------------------------------------------
 

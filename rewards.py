@@ -143,7 +143,7 @@ class Scoring:
     """The options of the reward."""
     answer_metric: Literal["f1", "em"] = "f1"       # score of the answer in the reward; paper: f1
     scorer: Literal["official", "repaired"] = "official"    # rules: the paper's, or repaired ones
-    weight: dict[str, float] = field(  # NAME=X: weight of answer, format, problem, query; paper: 1
+    weight: dict[str, float] = field(   # weight of answer, format, problem or query; paper: 1
         default_factory=dict)
 
 

@@ -22,6 +22,8 @@ Dimensions: B rows, b rows still in the batch, T tokens, V vocabulary, G episode
 for the update B episodes, L tokens of the longest, N sampled tokens.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +49,7 @@ PASSAGE_CHARACTERS = 1000       # of each passage; those of an encyclopedia have
 @dataclass
 class Limits:
     """How an episode is sampled, and when it ends."""
-    temperature: float = 1.0        # of sampling and of the training log-probs; paper: 1
+    temperature: float = 1.0        # of sampling and training log-probs alike; paper: 1
     max_new_tokens: int = 256       # tokens that the model may write in one turn; paper: 256
     max_turns: int = 5              # turns in an episode; paper: 5, in evaluation
     max_length: int = 4096          # tokens in an episode; an observation that does not fit ends it
@@ -334,7 +336,7 @@ class RowLayout:
     extras/tree.py has another layout, in which a group shares its prompt: the same gradient.
     """
     tokens: int = 2048              # in one forward pass, with padding; one episode may have more
-    checkpointing: bool = False     # backward computes each layer again instead of keeping it
+    around: Callable = nullcontext  # a forward pass; extras/weights.py:checkpointing saves memory
 
     def minibatches(self, policy: Policy, episodes: list[Episode], count: int,
                     generator: torch.Generator) -> list[list[int]]:

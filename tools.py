@@ -16,26 +16,25 @@ share nothing with this one. The program reads `path_to_input_image.jpg` and wri
 printed and what went wrong come back as an `Execution`, never as an exception. The paper's released
 evaluation instead calls `exec` in the process that holds the model.
 
-**Searches.** `search_all` asks a `SearchBackend` all queries of a group of episodes at once. A
-search that fails is an observation for the model, like a program that fails.
+**Searches.** `search_all` asks a `SearchBackend` the queries of many episodes at once. A search
+that fails is an observation for the model, like a program that fails.
 
-This file leaves out how a program is locked in (extras/worker.py says what is covered and starts
-the processes, extras/jail.py locks them) and the back ends of searches (extras/search.py).
+This file leaves out how a program is locked in (extras/worker.py starts the processes and says what
+is covered, extras/jail.py locks them) and the back ends of searches (extras/search.py).
 
 Read next: rollout.py, which plays the turns.
 """
 
-import os
-import queue
 import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from PIL import Image
+from extras.worker import Execution, Sandbox, SandboxError
 
-from extras.worker import LAYERS, Worker, encode
+__all__ = ["Action", "Execution", "Passage", "Sandbox", "SandboxError", "SearchBackend",
+           "SearchError", "Tools", "parse", "search_all"]
 
 # --- The parser -----------------------------------------------------------------------------------
 
@@ -44,8 +43,7 @@ from extras.worker import LAYERS, Worker, encode
 class Action:
     """A parsed turn."""
     kind: str                               # problem | code | search | answer | malformed
-    # problem: labels; code: the source; search, answer: the text; malformed: None
-    value: tuple[str, ...] | str | None
+    value: tuple[str, ...] | str | None     # labels | source | text | text | None
     error: str | None                       # malformed: one sentence that the model may be shown
     strict: bool                            # the turn is a thought and one action, as in the paper
 
@@ -136,119 +134,11 @@ def is_strict(turn: str, spans: dict, kind: str, body: str) -> bool:
 
 
 # --- The sandbox ----------------------------------------------------------------------------------
-
-
-class SandboxError(RuntimeError):
-    """The sandbox cannot start, or it is less safe than you asked for."""
-
-
-@dataclass
-class Execution:
-    """What came of one program: an image or an error, never both."""
-    image: Image.Image | None   # RGB
-    stdout: str                 # what it printed (standard error too); a long text loses its middle
-    error: str | None           # one line for the model, the same whenever the same program runs
-    seconds: float              # wall clock, without the time spent waiting for a free worker
-
-
-class Sandbox:
-    """Workers that run untrusted image programs. A context manager; many threads may share it.
-
-    seconds: wall time of one program. memory_mb: what it may allocate. strict: raise SandboxError
-    on a machine where a program could read or write your files or use the network. without: names
-    from LAYERS (or "fork") that are left out, for tests and lessons.
-
-    >>> with Sandbox(workers=1) as sandbox:
-    ...     sandbox.run("print(6 * 7)", Image.new("RGB", (8, 8))).stdout
-    '42\\n'
-    """
-
-    def __init__(self, workers: int = 2, seconds: float = 10, memory_mb: int = 1024,
-                 strict: bool = False, *, without: tuple[str, ...] = ()):
-        self.seconds, self.memory_mb = seconds, memory_mb
-        self._closed, self._owner = False, os.getpid()
-        self._workers, self._idle = [], queue.SimpleQueue()
-        try:
-            for _ in range(workers):    # all start before the first is waited for
-                self._workers.append(Worker(seconds, memory_mb, without))
-                self._workers[-1].launch()
-            for worker in self._workers:
-                worker.wait_until_ready()
-                self._idle.put(worker)
-        except (OSError, ValueError) as problem:
-            self.close()
-            raise SandboxError(f"a sandbox worker did not start ({problem}); "
-                               "its own message is above") from problem
-        # A layer is in force if every worker has it; a worker's escape is the sandbox's.
-        self.layers = tuple(name for name in LAYERS
-                            if all(name in worker.layers for worker in self._workers))
-        escapes = (escape for worker in self._workers for escape in worker.escapes)
-        self.escapes = tuple(dict.fromkeys(escapes))
-        if strict and self.escapes:
-            self.close()
-            raise SandboxError(self.describe() + "; to run anyway, leave out --sandbox strict")
-
-    def describe(self) -> str:
-        """One line: the layers in force, and what a program could still do, tried at the start."""
-        line = f"sandbox: {len(self._workers)} workers, {self.seconds:g} s, {self.memory_mb} MB"
-        line += f"; layers: {', '.join(self.layers)}"
-        missing = [name for name in LAYERS if name not in self.layers + ("chroot",)]
-        if missing:
-            line += f"; not available here: {', '.join(missing)}"
-        if self.escapes:
-            line += f"; NOT SAFE: programs can {', '.join(self.escapes)}"
-        return line
-
-    def run(self, code: str, image: Image.Image) -> Execution:
-        """Run one program on one image. Raises RuntimeError only if the sandbox is closed."""
-        return self._execute(code, encode(image))
-
-    def map(self, jobs) -> list[Execution]:
-        """Run (code, image) pairs in parallel. The results are in the order of the pairs.
-
-        Equal pairs run once and share one Execution.
-        """
-        jobs = list(jobs)
-        images = {id(image): image for _, image in jobs}
-        files = {key: encode(image) for key, image in images.items()}
-        work = [(code, files[id(image)]) for code, image in jobs]
-        unique = list(dict.fromkeys(work))
-        with ThreadPoolExecutor(len(self._workers)) as pool:
-            done = dict(zip(unique, pool.map(lambda job: self._execute(*job), unique)))
-        return [done[job] for job in work]
-
-    def _execute(self, code: str, file: bytes) -> Execution:
-        if os.getpid() != self._owner:
-            raise RuntimeError("a Sandbox cannot be shared with a forked process: start another")
-        worker = self._idle.get()
-        problem = None
-        try:
-            for _ in range(2):      # a worker that died is replaced, and the program tried again
-                if self._closed:
-                    raise RuntimeError("the sandbox is closed")
-                try:
-                    return Execution(*worker.execute(code, file))
-                except (OSError, ValueError) as failure:
-                    problem = failure
-                    worker.stop()
-        except BaseException:       # Ctrl-C: the next caller must not get the reply to this program
-            worker.stop()
-            raise
-        finally:
-            self._idle.put(worker)
-        return Execution(None, "", f"the sandbox lost its worker twice ({problem})", 0.0)
-
-    def close(self) -> None:
-        """Stop all workers and remove their directories."""
-        self._closed = True
-        for worker in self._workers:
-            worker.stop()
-
-    def __enter__(self) -> "Sandbox":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
+#
+# with Sandbox(workers=2, seconds=10, memory_mb=1024) as sandbox:      # in extras/worker.py
+#     sandbox.map([(code, image), ...]) -> [Execution, ...]            # in order, in parallel
+#
+# An Execution has .image (RGB) or .error (one line for the model), never both, and .stdout.
 
 
 # --- Searches -------------------------------------------------------------------------------------
@@ -263,7 +153,8 @@ class Passage:
 
 
 class SearchError(Exception):
-    """One search failed. The model is shown the text ("Search failed: ..."), and may write on."""
+    """One search failed. The model is shown the text ("Search failed: ..."); the episode continues.
+    """
 
 
 class SearchBackend(Protocol):
@@ -292,7 +183,10 @@ def search_all(backend: SearchBackend, queries: list[str],
 
 @dataclass
 class Tools:
-    """What an episode can use. None: programs give the image back unchanged, searches find nothing.
+    """What an episode can use.
+
+    Without a sandbox a program gives the image back unchanged; without a back end a search finds
+    nothing.
     """
     sandbox: Sandbox | None = None
     search: SearchBackend | None = None

@@ -26,9 +26,9 @@ from itertools import islice
 
 import torch
 
-PREFILL_TOKENS = 32_768         # in one forward pass of `Rows.feed`, padding included: bounds memory
-ASK_EVERY = {"cpu": 1, "cuda": 8}   # steps between two looks at who is left: a look makes a GPU wait
-NARROW_FROM = 8                 # rows: making a smaller batch narrower does not pay
+PREFILL_TOKENS = 32_768     # in one forward pass of `Rows.feed`, with padding: bounds its memory
+ASK_EVERY = {"cpu": 1, "cuda": 8}   # steps between two looks at who is left; a GPU must wait then
+NARROW_FROM = 8             # rows: making a smaller batch narrower does not pay
 
 
 # --- the clock ------------------------------------------------------------------------------------
@@ -376,11 +376,12 @@ def recorded(step, device: torch.device):
 
 
 def in_batches(rollout, episodes_at_once: int):
-    """`rollout`, a few groups at a time: at most `episodes_at_once` episodes, at least one group."""
+    """`rollout`, a few groups at a time: at most so many episodes, and at least one group."""
     @functools.wraps(rollout)
     def call(policy, samples, *, group_size: int = 1, **more):
         groups, episodes = max(1, episodes_at_once // group_size), []
         for first in range(0, len(samples), groups):
-            episodes += rollout(policy, samples[first:first + groups], group_size=group_size, **more)
+            part = samples[first:first + groups]
+            episodes += rollout(policy, part, group_size=group_size, **more)
         return episodes
     return call

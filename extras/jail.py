@@ -132,10 +132,10 @@ def call_libc(function: str, *arguments) -> int:
 
 
 def limit_resources(jail: Jail) -> None:
-    """Limit memory, CPU time, file size, open files and processes; forbid core dumps, which are
-    files.
+    """Limit memory, CPU time, file size, open files and processes, and forbid core dumps.
 
-    resource.setrlimit takes (soft, hard). Both are the same here, except for CPU:
+    A core dump would be a file. resource.setrlimit takes (soft, hard); both are the same here,
+    except for CPU:
       RLIMIT_CPU     seconds: one more than jail.seconds, rounded up; the hard limit one more again
       RLIMIT_AS      bytes of address space: jail.memory_mb MB (2 ** 20 bytes) beyond what this
                      process has already, which is the first number of /proc/self/statm (pages);
@@ -169,9 +169,7 @@ def forbid_new_privileges(jail: Jail) -> None:
 
 
 def landlock(jail: Jail) -> None:
-    """From here on the process can write in the scratch directory only, and read only Python and
-    its libraries.
-    """
+    """From here on a process can write only in its directory and read only `jail.readable`."""
     version = call_libc("syscall", 444, None, 0, 1)
     file_read, file_write, listing, remove, create, truncate = 4, 2, 8, 32, 256, 1 << 14
     # Every right that this version of landlock knows, then TCP, then signals and abstract sockets.
@@ -195,8 +193,7 @@ def landlock(jail: Jail) -> None:
 
 
 def chroot(jail: Jail) -> None:
-    """The older protection of files, used where landlock is missing: the scratch directory becomes
-    the whole disk.
+    """Make the scratch directory the whole disk: the older protection, where landlock is missing.
 
     After that a program can import only modules that the zygote has imported.
     """
@@ -271,9 +268,7 @@ ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000                    # RE
 
 @functools.cache
 def seccomp_program(machine: str) -> bytes:
-    """The filter of system calls as classic BPF: one list of tests, of which the first that fits
-    decides.
-    """
+    """The filter of system calls as classic BPF: a list of tests; the first that fits decides."""
     column, architecture = ARCHITECTURES[machine]
 
     def number(call: str) -> int | None:
@@ -356,13 +351,12 @@ def rehearse() -> None:
 
 
 def leave_fresh_memory() -> None:
-    """Let malloc take its next large blocks from memory that was never used, which a fork gets as
-    huge pages.
+    """Let malloc take its next large blocks from memory that was never used.
 
-    A page that the zygote has used, even one that is free by now, would be copied at a program's
-    first write, 4 KB at a time. So free memory is returned, its holes are filled with blocks that
-    nobody touches, and the rest of the huge page (2 MB) at the end of the heap is given away,
-    except for some room that the zygote itself needs.
+    A fork gets such memory as huge pages. A page that the zygote has used, even one that is free by
+    now, would be copied at a program's first write, 4 KB at a time. So free memory is returned, its
+    holes are filled with blocks that nobody touches, and the rest of the huge page (2 MB) at the
+    end of the heap is given away, except for some room that the zygote itself needs.
     """
     if not hasattr(libc, "malloc_trim"):        # only glibc
         return

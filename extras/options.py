@@ -46,7 +46,7 @@ OnOff = Literal["on", "off"]
 class Machine:
     """Options that do not change what is learned: the machine, the run folder, the variants."""
     # the machine
-    device: str | None = None       # cpu or cuda; default: cuda where there is one
+    device: str | None = None       # cpu, cuda or cuda:N; default: cuda where there is one
     dtype: Literal["float32", "bfloat16"] | None = None     # precision of the model's weights and
                                     # activations; default: float32 on the CPU, else bfloat16
     threads: int | None = None      # CPU threads; 0 lets torch choose
@@ -65,7 +65,7 @@ class Machine:
     out: str | None = None          # run folder, must not exist; default: runs/<task>-<date>-<time>
     resume: str | None = None       # continue this run folder from its last checkpoint
     save_every: int | None = None   # steps between checkpoints; 0: as often as 5% of the time lets;
-                                    # default: 1 with LoRA and with data/tiny, else 0
+                                    # always 1 with LoRA
     eval_every: int = 0             # steps between evaluations; 0: only before and after training
     eval_samples: int = 0           # evaluate on the first N held-out samples; 0: on all
     eval_sampled: OnOff = "on"      # evaluate at temperature 1 as well; off halves the time
@@ -145,7 +145,8 @@ def comments_of(cls: type) -> dict[str, tuple[str, str]]:
 
 def parser_of(config_type: type) -> argparse.ArgumentParser:
     """The command line of all fields, in groups. An unknown flag ends the program with code 2."""
-    parser = argparse.ArgumentParser(prog="arft.py", allow_abbrev=False, add_help=True,
+    parser = argparse.ArgumentParser(prog="arft.py", allow_abbrev=False,
+                                     usage="python arft.py [--option value ...]",
                                      description="Visual Agentic Reinforcement Fine-Tuning")
     types_of, groups = typing.get_type_hints(config_type), {}
     defaults = {field.name: field.default for field in dataclasses.fields(config_type)}
@@ -181,8 +182,8 @@ def arguments_of(name: str, kind) -> dict:
     for one in kinds:
         if typing.get_origin(one) is Literal:
             return {"choices": typing.get_args(one)}
-    return {"type": next((one for one in kinds if one in (int, float)), str),
-            "metavar": next((one.__name__.upper() for one in kinds if one in (int, float)), "X")}
+    number = next((one for one in kinds if one in (int, float)), None)
+    return {"type": number, "metavar": number.__name__.upper()} if number else {}
 
 
 class AddWeight(argparse.Action):
@@ -244,6 +245,10 @@ def check(config) -> None:
     if config.vision == "trained" and config.lora_rank:
         raise UsageError("--vision trained needs --lora-rank 0: only the language model gets "
                          "adapters")
+    if config.protocol == "paper":
+        leaf("paper", "--protocol paper")
+    if config.update == "tree":
+        leaf("tree", "--update tree")
     check_files(config)
     check_machine(config)
 
@@ -310,6 +315,8 @@ def prepare(config) -> None:
 def print_plan(config) -> int:
     """--plan, for --model or the default on a GPU. Neither data nor weights are read."""
     plan = leaf("plan", "--plan")
+    if config.plan_device not in (None, *plan.DEVICES):
+        raise UsageError(f"--plan-device {config.plan_device}: one of {', '.join(plan.DEVICES)}")
     config.model, config.data = config.model or setup.HUB_MODEL, config.data or ""
     setup.complete(config)
     print("\n".join(plan.plan_lines(config)))

@@ -217,7 +217,7 @@ def rollout_parts(shape: Shapes, options, rows: int, prompts: int) -> dict[str, 
     """Sampling `rows` episodes at once, from `prompts` prompts that are prefilled at once."""
     episode = lengths_of(shape, options)
     fed = max(min(PREFILL_TOKENS, prompts * episode.prompt),
-              min(PREFILL_TOKENS, rows * episode.longest_observation))     # tokens in a forward pass
+              min(PREFILL_TOKENS, rows * episode.longest_observation))    # tokens in a forward pass
     # One layer's keys and values are repeated for all query heads.
     repeated = 4 * rows * episode.total * shape.query_width
     pictures = max(prompts, rows if episode.images > 1 else 0)

@@ -67,7 +67,7 @@ class Corpus:
             self.size, = found
         except (sqlite3.Error, OSError, TypeError) as error:
             raise SearchRefused(f"corpus index {self.index}: {error}; "
-                                "remove the file, and it is built again") from None
+                                "remove it to build it again from its .jsonl file") from None
         self.name = f"corpus {source.name.removesuffix('.sqlite')} ({self.size} passages)"
 
     def search(self, query: str, k: int = 4) -> list[Passage]:
@@ -287,8 +287,7 @@ class Replay:
                                 "name another file (--replay)") from None
 
     def search(self, query: str, k: int = 4) -> list[Passage]:
-        """What the record has for this back end, this query and this k, else what the back end
-        finds.
+        """What the record has for this back end, query and k, else what the back end finds.
 
         With `backend` None the record of any back end counts. What the back end finds is recorded
         under its name, in a row of the table `searches`: backend, query, k, found (JSON: a list of

@@ -7,7 +7,7 @@ data come from, and which file of extras/ stands in for a plain part of the less
 import json
 import os
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -113,6 +113,8 @@ def choose_numbers(config, small: bool) -> None:
     for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
             setattr(config, name, for_small if small else for_others)
+            if name == "update" and not record.leaf("tree"):
+                config.update = "rows"
     if lr_is_open and config.lora_rank:
         config.lr *= 10         # B starts at zero: LoRA learns at about ten times the rate
     if saving_is_open and config.lora_rank:
@@ -325,7 +327,8 @@ def choose_parts(config, policy: Policy, run: record.Run, tools: Tools) -> dict:
     layout, optimizer, seed = RowLayout, Optimizer, config.seed
     if config.update == "tree":
         layout = leaf("tree", "--update tree").TreeLayout
-    layout = layout(config.micro_batch_tokens, config.checkpointing == "on")
+    saver = weights.checkpointing if config.checkpointing == "on" else nullcontext
+    layout = layout(config.micro_batch_tokens, saver)
     if config.dtype == "bfloat16" and not config.lora_rank:
         optimizer = weights.Optimizer
     if processes() > 1:

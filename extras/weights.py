@@ -8,10 +8,13 @@ them at all.
 """
 
 import json
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import grpo
 from policy import SYSTEM_PROMPT_FILE, Policy, PolicyError, read_system_prompt
@@ -201,6 +204,29 @@ def merge_lora(policy: Policy) -> None:
         parent, _, child = name.rpartition(".")
         setattr(policy.model.get_submodule(parent), child, adapter.merged())
     policy.adapters = {}
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def checkpointing(policy: Policy):
+    """Gradient checkpointing: backward keeps each layer's input and computes the rest again.
+
+    This costs a third more arithmetic (one forward pass; backward costs two) and saves most of the
+    memory. transformers' own switch does nothing in eval mode, where this model is, and has changed
+    its name.
+    """
+    model = policy.model.model
+    layers = [*model.language_model.layers, *model.visual.blocks]
+    for layer in layers:        # an attribute of the object is found before its class's method
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 # --- master weights -------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The trainer's half of the sandbox: it starts the processes that run programs, and talks to them.
 
-`tools.Sandbox` owns a few of these workers. A worker is a process of its own, started from
-extras/jail.py, which forks a locked child for every program; this file never sees how. Only open
-files, numbers and pixels pass between the two, and nothing that comes back is trusted.
+`Sandbox` owns a few workers and is safe to share among threads. A worker is a process of its own,
+started from extras/jail.py, which forks a locked child for every program; this file never sees how.
+Only open files, numbers and pixels pass between the two, and nothing that comes back is trusted.
 
 What the sandbox covers, on Linux with landlock (5.13 or newer) and seccomp, as root or as an
 ordinary user:
@@ -36,6 +36,7 @@ supported.
 
 import json
 import os
+import queue
 import re
 import socket
 import subprocess
@@ -43,7 +44,9 @@ import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from PIL import Image
@@ -57,6 +60,119 @@ ERROR_CHARACTERS = 500
 # page costs a fault when it is first used. Other C libraries ignore this.
 ONE_HEAP = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:"
                               "glibc.malloc.trim_threshold=268435456:glibc.malloc.top_pad=16777216"}
+
+
+class SandboxError(RuntimeError):
+    """The sandbox cannot start, or it is less safe than you asked for."""
+
+
+@dataclass
+class Execution:
+    """What came of one program: an image or an error, never both."""
+    image: Image.Image | None   # RGB
+    stdout: str                 # what it printed (standard error too); a long text loses its middle
+    error: str | None           # one line for the model, the same whenever the same program runs
+    seconds: float              # wall clock, without the time spent waiting for a free worker
+
+
+class Sandbox:
+    """Workers that run untrusted image programs. A context manager; many threads may share it.
+
+    seconds: wall time of one program. memory_mb: what it may allocate. strict: raise SandboxError
+    on a machine where a program could read or write your files or use the network. without: names
+    from LAYERS (or "fork") that are left out, for tests and lessons.
+
+    >>> with Sandbox(workers=1) as sandbox:
+    ...     sandbox.run("print(6 * 7)", Image.new("RGB", (8, 8))).stdout
+    '42\\n'
+    """
+
+    def __init__(self, workers: int = 2, seconds: float = 10, memory_mb: int = 1024,
+                 strict: bool = False, *, without: tuple[str, ...] = ()):
+        self.seconds, self.memory_mb = seconds, memory_mb
+        self._closed, self._owner = False, os.getpid()
+        self._workers, self._idle = [], queue.SimpleQueue()
+        try:
+            for _ in range(workers):    # all start before the first is waited for
+                self._workers.append(Worker(seconds, memory_mb, without))
+                self._workers[-1].launch()
+            for worker in self._workers:
+                worker.wait_until_ready()
+                self._idle.put(worker)
+        except (OSError, ValueError) as problem:
+            self.close()
+            raise SandboxError(f"a sandbox worker did not start ({problem}); "
+                               "its own message is above") from problem
+        # A layer is in force if every worker has it; a worker's escape is the sandbox's.
+        self.layers = tuple(name for name in LAYERS
+                            if all(name in worker.layers for worker in self._workers))
+        escapes = (escape for worker in self._workers for escape in worker.escapes)
+        self.escapes = tuple(dict.fromkeys(escapes))
+        if strict and self.escapes:
+            self.close()
+            raise SandboxError(self.describe() + "; to run anyway, leave out --sandbox strict")
+
+    def describe(self) -> str:
+        """One line: the layers in force, and what a program could still do, tried at the start."""
+        line = f"sandbox: {len(self._workers)} workers, {self.seconds:g} s, {self.memory_mb} MB"
+        line += f"; layers: {', '.join(self.layers)}"
+        missing = [name for name in LAYERS if name not in self.layers + ("chroot",)]
+        if missing:
+            line += f"; not available here: {', '.join(missing)}"
+        if self.escapes:
+            line += f"; NOT SAFE: programs can {', '.join(self.escapes)}"
+        return line
+
+    def run(self, code: str, image: Image.Image) -> Execution:
+        """Run one program on one image. Raises RuntimeError only if the sandbox is closed."""
+        return self._execute(code, encode(image))
+
+    def map(self, jobs) -> list[Execution]:
+        """Run (code, image) pairs in parallel. The results are in the order of the pairs.
+
+        Equal pairs run once and share one Execution.
+        """
+        jobs = list(jobs)
+        images = {id(image): image for _, image in jobs}
+        files = {key: encode(image) for key, image in images.items()}
+        work = [(code, files[id(image)]) for code, image in jobs]
+        unique = list(dict.fromkeys(work))
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            done = dict(zip(unique, pool.map(lambda job: self._execute(*job), unique)))
+        return [done[job] for job in work]
+
+    def _execute(self, code: str, file: bytes) -> Execution:
+        if os.getpid() != self._owner:
+            raise RuntimeError("a Sandbox cannot be shared with a forked process: start another")
+        worker = self._idle.get()
+        problem = None
+        try:
+            for _ in range(2):      # a worker that died is replaced, and the program tried again
+                if self._closed:
+                    raise RuntimeError("the sandbox is closed")
+                try:
+                    return Execution(*worker.execute(code, file))
+                except (OSError, ValueError) as failure:
+                    problem = failure
+                    worker.stop()
+        except BaseException:       # Ctrl-C: the next caller must not get the reply to this program
+            worker.stop()
+            raise
+        finally:
+            self._idle.put(worker)
+        return Execution(None, "", f"the sandbox lost its worker twice ({problem})", 0.0)
+
+    def close(self) -> None:
+        """Stop all workers and remove their directories."""
+        self._closed = True
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
 
 class Worker:
@@ -139,8 +255,7 @@ class Worker:
         return json.loads(line)
 
     def _clean(self, text: str) -> str:
-        """Remove what differs between two runs (paths, addresses) and what a terminal would obey.
-        """
+        """Remove what differs between two runs (paths, addresses) and what a terminal obeys."""
         scratch = os.path.join(self._base, "run")
         text = text.replace(scratch + os.sep, "").replace(scratch, ".")
         text = re.sub(r" at 0x[0-9a-f]{6,16}\b", " at 0x...", text)

@@ -1,21 +1,21 @@
 """Mutants: named bugs, each a small change of the source, and the tests that must notice them.
 
-    python tests/mutants.py                           all of them, one after the other, and the table
-    python tests/mutants.py --only clip --jobs 2      those with "clip" in their name, two at a time
-    python tests/mutants.py --curves FOLDER --steps 25    trains six of them and draws their curves without names
+    python tests/mutants.py                         all of them, one after the other, and the table
+    python tests/mutants.py --only clip --jobs 2    those with "clip" in their name, two at a time
+    python tests/mutants.py --curves FOLDER         trains six of them, draws curves without names
 
 What it teaches: a test is worth what it notices. Bugs of this kind are easily made, and most of
-them raise nothing: the run goes on, the curves look plausible, the model learns less or something
-else. Each is applied to a copy of the repository, where the tests named beside it run; one of them
-must fail. The copy as it is comes first: there they must all pass, or "a test failed" would mean
-nothing.
+them raise nothing: the run continues, the curves look plausible, the model learns less or something
+else. This program applies each mutant to a copy of the repository and runs the tests that the
+mutant names there; one of them must fail. Before that, all these tests run on an unchanged copy,
+where they must pass: otherwise "a test failed" would mean nothing.
 
-A text that is not found exactly once is an error that names its mutant, so that this list cannot
-drift away from the code (tests/test_mutants.py checks that in every run of the tests, and mutates
-nothing).
+If a mutant's old text does not occur exactly once, an error names the mutant, so that this list
+cannot drift away from the code. tests/test_mutants.py checks that in every run of the tests and
+mutates nothing.
 
-Read next: mutants.md, which makes an assignment of it. Left out: mutants made by a program (flipped
-signs everywhere).
+mutants.md makes assignments of the list. Left out: mutants made by a program (flipped signs
+everywhere).
 """
 
 import argparse
@@ -36,17 +36,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 300           # for the tests of one mutant; one that hangs is reported, not counted
+SECONDS = 300           # for one mutant's tests; a mutant that hangs is reported, not counted
 
 
 @dataclass(frozen=True)
 class Mutant:
+    """One bug, and the tests that must notice it."""
     name: str
-    says: str           # what a student would say that the bug is
-    file: str           # from the repository's root
-    old: str            # stands there exactly once
-    new: str
-    tests: tuple[str, ...]      # "test_x.py::test_y": where one of them must fail
+    says: str                   # what a student would say that the bug is
+    file: str                   # from the repository's root
+    old: str                    # is in the file exactly once
+    new: str                    # replaces it
+    tests: tuple[str, ...]      # "test_x.py::test_y"; one of them must fail
 
 
 class MutantError(ValueError):
@@ -100,7 +101,7 @@ MUTANTS = [
            "if image.width * image.height > PIXELS or max(image.size) > SIDE:", "if False:",
            ("test_tools.py::test_a_hostile_image_is_an_error",)),
     Mutant("equal_programs_lose_their_place",
-           "equal programs run once, and the results lose their order", "tools.py",
+           "equal programs run once, and the results lose their order", "extras/worker.py",
            "return [done[job] for job in work]", "return [done[job] for job in unique]",
            ("test_tools.py::test_map_keeps_the_order_and_runs_equal_jobs_once",)),
     # search
@@ -199,8 +200,8 @@ MUTANTS = [
            ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
     Mutant("end_of_turn_masked", "to end a turn is not trained", "rollout.py",
            "    episode.append(ids, mask=1, logp=logp)\n",
-           "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n    episode.append(ids[-1:], "
-           "mask=0)\n",
+           "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n"
+           "    episode.append(ids[-1:], mask=0)\n",
            ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
     Mutant("positions_restart", "after each observation the positions start at 0 again",
            "extras/engine.py",
@@ -225,8 +226,8 @@ MUTANTS = [
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("log_prob_before_temperature", "sampled at the temperature, recorded at 1", "rollout.py",
            "return ids, log_probs.gather(1, ids[:, None])[:, 0]",
-           "return ids, torch.log_softmax(log_probs * (temperature or 1.0), 1).gather(1, ids[:, "
-           "None])[:, 0]",
+           "at_one = torch.log_softmax(log_probs * (temperature or 1.0), 1)\n"
+           "    return ids, at_one.gather(1, ids[:, None])[:, 0]",
            ("test_rollout.py::test_samples_follow_the_distribution",)),
     Mutant("programs_get_the_first_image",
            "a second program works on the sample's image, not on the repaired one",
@@ -246,7 +247,7 @@ MUTANTS = [
            "rewards are compared with the batch's mean, not with their group's", "grpo.py",
            "groups - groups.mean(dim=1, keepdim=True)", "groups - groups.mean()",
            ("test_grpo.py::test_advantages_belong_to_their_own_group",)),
-    Mutant("flat_group_divided_by_zero",
+    Mutant("zero_variance_divided_by_zero",
            "a group of equal rewards is divided by its deviation, zero", "grpo.py",
            "centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)",
            "return (centred / groups.std(dim=1, keepdim=True)).view(-1)",
@@ -279,8 +280,8 @@ MUTANTS = [
            ("test_grpo.py::test_what_stands_off_the_mask_never_counts",)),
     Mutant("mean_over_rows_for_tokens", "dapo averages over each sequence first, as grpo does",
            "grpo.py",
-           "    if loss_type in TOKEN_MEANS:\n        return per_token.sum() / "
-           "mask.sum().clamp(min=1)\n", "",
+           "    if loss_type in TOKEN_MEANS:\n"
+           "        return per_token.sum() / mask.sum().clamp(min=1)\n", "",
            ("test_grpo.py::test_loss_and_gradient_equal_the_slow_version",)),
     Mutant("micro_batches_weigh_alike",
            "the gradient is averaged over rows where the loss averages over tokens",
@@ -289,7 +290,7 @@ MUTANTS = [
            "weight = len(part) / len(episodes)",
            ("test_grpo.py::test_micro_batches_change_nothing",)),
     # the update
-    Mutant("off_by_one", "each id is scored by its own hidden state, not by the one before it",
+    Mutant("off_by_one", "each token is scored by its own hidden state, not by the one before it",
            "rollout.py",
            "rows * ids.shape[1] + columns - 1 ", "rows * ids.shape[1] + columns ",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
@@ -340,17 +341,17 @@ MUTANTS = [
            ("test_arft.py::test_the_learning_rate_by_hand",)),
     Mutant("rate_ten_times_too_high", "the learning rate is ten times what was asked for",
            "arft.py",
-           '["lr"] = learning_rate(config, step)', '["lr"] = 10 * learning_rate(config, step)',
+           "set_lr(learning_rate(config, step))", "set_lr(10 * learning_rate(config, step))",
            ("test_arft.py::test_training_changes_the_weights_and_evaluation_does_not",)),
     Mutant("trained_tower_is_not_asked_again",
-           "with --vision trained the features of the step's start are kept: no "
-           "gradient reaches the tower", "arft.py",
+           "with --vision trained the features of the step's start are kept, so that no gradient "
+           "reaches the tower", "arft.py",
            "        policy.keep_features = True ", "    policy.keep_features = True ",
            ("test_grpo.py::test_a_frozen_tower_sees_each_image_once_a_step",)),
     Mutant("greedy_evaluation_samples", "the greedy evaluation is sampled, too", "arft.py",
            "limits = replace(config, temperature=evaluation.temperature)", "limits = config",
            ("test_arft.py::test_evaluation_is_greedy_and_sampled_at_temperature_one",)),
-    Mutant("flat_groups_kept",
+    Mutant("zero_variance_groups_kept",
            "groups that teach nothing dilute the update although they are to be dropped", "grpo.py",
            'if settings.zero_variance == "keep":', 'if settings.zero_variance != "keep":',
            ("test_arft.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
@@ -367,8 +368,8 @@ MUTANTS = [
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
 ]
 
+# Those whose curves differ with the embedded checkpoint.
 CURVES = ("wrong_sign", "reference_is_updated", "fence_left_in_the_program", "any_answer_is_paid",
-          # whose curves differ on the embedded run
           "rate_ten_times_too_high", "advantages_of_other_episodes")
 
 
@@ -376,25 +377,25 @@ CURVES = ("wrong_sign", "reference_is_updated", "fence_left_in_the_program", "an
 
 
 def changed(mutant: Mutant, root: Path = ROOT) -> str:
-    """The text of the mutant's file with its bug. Raises MutantError if the
-    old text is not there exactly once."""
+    """The text of the mutant's file with its bug.
+
+    Raises MutantError if the old text is not there exactly once.
+    """
     text = (root / mutant.file).read_text(encoding="utf-8")
     if (count := text.count(mutant.old)) != 1:
-        raise MutantError(
-            f"mutant {mutant.name}: its old text stands {count} times in {mutant.file}, not once; "
-            f"the "
-                          f"code has changed, so change `old` in tests/mutants.py:\n{mutant.old}")
+        raise MutantError(f"mutant {mutant.name}: its old text stands {count} times in "
+                          f"{mutant.file}, not once. The code has changed, so change `old` in "
+                          f"tests/mutants.py:\n{mutant.old}")
     return text.replace(mutant.old, mutant.new)
 
 
 def copy_of(root: Path, folder: Path) -> Path:
-    """The repository's files, as they are, without what git ignores, in a
-    folder of their own; MAT-mini as a link."""
+    """Copies the repository's files, without what git ignores, into `folder`; MAT-mini as a link.
+    """
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                            cwd=root,
-                            capture_output=True, text=True)
+                            cwd=root, capture_output=True, text=True)
     names = listed.stdout.rstrip("\0").split("\0")
-    if listed.returncode or names == [""]:      # no checkout of git
+    if listed.returncode or names == [""]:      # this is no checkout of git
         names = [str(path.relative_to(root)) for path in root.rglob("*")
                  if not {"runs", "cache", "__pycache__"} & {*path.relative_to(root).parts}]
     for name in names:
@@ -407,23 +408,28 @@ def copy_of(root: Path, folder: Path) -> Path:
 
 
 def warm() -> None:
-    """Imports what takes long and is not of this repository; a process that
-    is forked from this one has it at once."""
+    """Imports what takes long and is not of this repository.
+
+    A process that is forked from this one then has it already.
+    """
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.dont_write_bytecode = True      # two versions of a file within a second may look the same
     import pytest                                                           # noqa: F401
     import torch
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration   # noqa: F401
-    # One thread, whatever conftest.py asks for: on a busy machine two wait for each other,
-    # spinning. (Not by OMP_THREAD_LIMIT: torch then counts on threads that it does not get, and its
-    # sums are wrong.)
+    # One thread, whatever a test's program asks for: on a busy machine two wait for each other,
+    # spinning. (OMP_THREAD_LIMIT is no way to say so: torch then counts on threads that it does not
+    # get, and its sums are wrong.)
     torch.set_num_threads(1)
     torch.set_num_threads = lambda threads: None
 
 
 def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:
-    """Runs tests on a copy with the bug, or without any: ("passed" | "killed" | "error", the first
-    test that failed or what went wrong). In a process of its own: it imports the copy's modules."""
+    """Runs tests on a copy with the bug, or without any.
+
+    Returns "passed" | "killed" | "error", and the first test that failed or what went wrong. Call
+    it in a process of its own, because it imports the copy's modules.
+    """
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
         copy = copy_of(ROOT, Path(home))
         if mutant:
@@ -432,10 +438,11 @@ def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:
 
 
 def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
+    """Runs tests in this process, on the copy. Returns what `attempt` returns."""
     import pytest
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
     os.chdir(copy)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)       # KeyboardInterrupt: pytest ends
+    signal.signal(signal.SIGALRM, signal.default_int_handler)       # pytest ends as at Ctrl-C
     signal.alarm(int(seconds))
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = pytest.main(["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider",
@@ -447,22 +454,23 @@ def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
         return "killed", failed[1]
     if code == 2:
         return "error", f"a file cannot be imported, or no end within {seconds} s"
-    # nothing collected, an error in a fixture, ...
-    return "error", " ".join(said.getvalue().split())[-300:]
+    return "error", " ".join(said.getvalue().split())[-300:]    # no tests, an error in a fixture
 
 
 def chosen(part: str) -> list[Mutant]:
-    """Those with `part` in their name, or of the file `part`."""
+    """The mutants that have `part` in their name or change the file `part`."""
     found = [mutant for mutant in MUTANTS if part in mutant.name or part == mutant.file]
     if not found:
-        raise MutantError(
-            f"--only {part}: no mutant has this in its name or is of this file; there are "
-                          f"{', '.join(mutant.name for mutant in MUTANTS)}")
+        raise MutantError(f"--only {part}: no mutant has this in its name or changes this file. "
+                          f"There are {', '.join(mutant.name for mutant in MUTANTS)}")
     return found
 
 
 def hunt(mutants: list[Mutant], jobs: int) -> int:
-    """Runs the sound copy, then every mutant; prints the table. 0 if all were killed, else 1."""
+    """Runs the unchanged copy, then every mutant, and prints the table.
+
+    Returns 0 if all were killed, else 1.
+    """
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     for mutant in mutants:
         changed(mutant)
@@ -494,14 +502,12 @@ WIDE, HIGH, LEFT, TOP = 150, 84, 76, 40     # one panel; the margins of the pict
 
 
 def panel_order() -> list[str]:
-    """The mutants of panels A to F: an order that does not follow from the
-    list above at first sight."""
+    """The mutants of panels A to F, in an order that the list above does not give away."""
     return sorted(CURVES, key=lambda name: hashlib.sha1(name.encode()).hexdigest())
 
 
 def train_curves(folder: Path, steps: int, more: list[str]) -> None:
-    """One short run of the sound code and of each mutant, one at a time; a
-    finished run is not made again."""
+    """One short run of the sound code and of each mutant. Skips runs that are finished."""
     for name in ("sound", *panel_order()):
         if (folder / name / "summary.json").exists():
             continue
@@ -511,22 +517,24 @@ def train_curves(folder: Path, steps: int, more: list[str]) -> None:
                 mutant, = (mutant for mutant in MUTANTS if mutant.name == name)
                 (copy / mutant.file).write_text(changed(mutant, copy), encoding="utf-8")
             command = [sys.executable, "arft.py", "--task", "mat-coding", "--steps", str(steps),
-                       "--samples-per-step",
-                       "4", "--eval-samples", "20", *more, "--out", str((folder / name).resolve())]
+                       "--samples-per-step", "4", "--eval-samples", "20", *more,
+                       "--out", str((folder / name).resolve())]
             print(f"{name}: {' '.join(command[1:])}", flush=True)
             subprocess.run(command, cwd=copy, check=True)
 
 
 def smooth(values: list[float], width: int = 3) -> list[float]:
-    """The median of a window of `width` steps round each step: a single
-    step's KL may be ten times its neighbours'."""
+    """The median of the `width` steps around each step: the KL of a single step may be ten times
+    its neighbours'."""
     half = width // 2
     return [statistics.median(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
 
 def curve(values: list[float], top: float, left: float, y: float, colour: str, width: float) -> str:
-    """One polyline in the panel whose upper left corner is (left, y); what
-    is above the axis is drawn at its top."""
+    """One polyline in the panel whose upper left corner is (left, y).
+
+    What is above the axis is drawn at its top.
+    """
     across = WIDE / max(1, len(values) - 1)
     points = " ".join(f"{left + across * i:.1f},{y + HIGH * (1 - min(value / top, 1)):.1f}"
                       for i, value in enumerate(values))
@@ -534,16 +542,16 @@ def curve(values: list[float], top: float, left: float, y: float, colour: str, w
 
 
 def draw_curves(folder: Path) -> str:
-    """SVG: a column for each mutant, A to F, a row for each number; grey:
-    the sound code, the same samples."""
+    """SVG: a column for each mutant, A to F, a row for each number. Grey is the sound code on the
+    same samples."""
     runs = {name: [json.loads(line)
                    for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             for name in ("sound", *panel_order())}
     shapes = []
     for row, (title, (value, top)) in enumerate(PANELS.items()):
         lines = {name: smooth([value(step) for step in run]) for name, run in runs.items()}
-        # one run that explodes must not flatten the others: the axis ends at three times the sound
-        # run's largest value
+        # One run that explodes must not flatten the others: the axis ends at three times the
+        # largest value of the sound run.
         top = top or max(3 * max(lines["sound"]), 1e-6)
         y = TOP + row * (HIGH + 22)
         shapes.append(f'<text x="8" y="{y + HIGH / 2}">{title}</text>')
@@ -554,34 +562,33 @@ def draw_curves(folder: Path) -> str:
                        curve(lines["sound"], top, left, y, "#999", 1),
                        curve(lines[name], top, left, y, "#d55e00", 2)]
             if row == 0:
-                shapes.append(
-                    f'<text x="{left + WIDE / 2}" y="{TOP - 14}" text-anchor="middle" '
-                    f'font-size="16">'
-                              f'{"ABCDEF"[column]}</text>')
-        shapes.append(
-            f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">{top:.3g}</text>'
-                      f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" '
-                      f'font-size="10">0</text>')
+                shapes.append(f'<text x="{left + WIDE / 2}" y="{TOP - 14}" text-anchor="middle" '
+                              f'font-size="16">{"ABCDEF"[column]}</text>')
+        shapes += [f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">'
+                   f'{top:.3g}</text>',
+                   f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" font-size="10">0</text>']
     width, height = LEFT + len(CURVES) * (WIDE + 14), TOP + len(PANELS) * (HIGH + 22) + 12
-    shapes.append(
-        f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code '
-                  "without a bug; medians of three steps</text>")
+    shapes.append(f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: '
+                  "the code without a bug; medians of three steps</text>")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-family="sans-serif" '
-            f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="white"/>'
-            f'{"".join(shapes)}</svg>\n')
+            'font-family="sans-serif" font-size="12" fill="#333">'
+            f'<rect width="{width}" height="{height}" fill="white"/>{"".join(shapes)}</svg>\n')
 
 
 def main(arguments: list[str]) -> int:
+    """Reads the options and carries them out. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="mutants whose name or file has this in it")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants side by side; one thread each")
+    parser.add_argument("--only", default="",
+                        help="only mutants with this in their name, or of this file")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="mutants that run side by side, with one thread each")
     parser.add_argument("--curves", type=Path,
                         help="train six mutants into this folder and draw curves.svg there")
-    parser.add_argument("--steps", type=int, default=25, help="of each of these runs")
+    parser.add_argument("--steps", type=int, default=25,
+                        help="training steps of each of these runs")
     options, more = parser.parse_known_args(arguments)
     if more and not options.curves:
-        parser.error(f"unknown: {' '.join(more)} (options of arft.py can be added to --curves)")
+        parser.error(f"unknown: {' '.join(more)} (only --curves takes options of arft.py)")
     try:
         if options.curves:
             train_curves(options.curves, options.steps, more)

@@ -1,6 +1,7 @@
 """GRPO by hand-computed numbers, by an independent slow version, and by properties."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
 from arft import choose_weights
+from extras import weights
 from extras.tree import TreeLayout
 from grpo import (
     LOSS_TYPES, Optimizer, Settings, episode_logp, frozen_logp, group_advantages, policy_loss,
@@ -199,7 +201,8 @@ def options(**changes):
 
 def layout_of(config):
     layout = TreeLayout if config.update == "tree" else RowLayout
-    return layout(config.micro_batch_tokens, config.checkpointing)
+    around = weights.checkpointing if config.checkpointing else nullcontext
+    return layout(config.micro_batch_tokens, around)
 
 
 def update_with(policy, reference, episodes, advantages, adamw, config, seed=0):

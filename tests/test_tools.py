@@ -202,7 +202,8 @@ def healthy(sandbox, picture) -> bool:
       "image = Image.fromarray(np.clip(a * 1.5, 0, 255).astype('uint8'))"],
      lambda p: Image.fromarray(np.clip(np.asarray(p).astype(float) * 1.5, 0, 255).astype("uint8"))),
     (["# 旋转图片，然后变亮", "from PIL import ImageEnhance",
-      "def 变亮(图片, 倍数=2.0):", "    return ImageEnhance.Brightness(图片).enhance(倍数)", "image = 变亮(image)"],
+      "def 变亮(图片, 倍数=2.0):",
+      "    return ImageEnhance.Brightness(图片).enhance(倍数)", "image = 变亮(image)"],
      lambda p: ImageEnhance.Brightness(p).enhance(2.0)),
     (["try:", "    image = image.no_such_method()",
       "except AttributeError:", "    image = image.convert('L')"],
@@ -681,8 +682,9 @@ def test_a_hostile_image_is_an_error(box, picture, content, words):
                                   f"os.link('{{file}}', {jail.OUTPUT!r})"])
 @pytest.mark.parametrize("locked", [True, False], ids=["layers", "no layers"])
 def test_the_output_must_be_an_ordinary_file(box, open_box, picture, tmp_path, make, locked):
-    """With layers an exotic file cannot be made. Without them it is not read, except a hard link,
-    which is a file.
+    """With layers no exotic file can be made.
+
+    Without them none is read, except a hard link, which is an ordinary file.
     """
     picture.save(tmp_path / "gold.png")
     code = "import os\n" + make.replace("{file}", str(tmp_path / "gold.png"))
@@ -718,9 +720,7 @@ for fd in range(3, 32):
     ("struct.pack('<III', 9, 9, 0) + bytes(243)", "os.abort()"),
 ])
 def test_the_reply_cannot_be_forged(hasty, picture, reply, end):
-    """The trainer checks what it reads after the program's end, and the next reply is the next
-    program's.
-    """
+    """The trainer checks what it reads, and the next reply belongs to the next program."""
     process = hasty._workers[0]._process
     execution = hasty.run(FORGE.format(reply=reply) + end, picture)
     assert execution.image is None and execution.error
@@ -764,9 +764,7 @@ def test_a_program_that_says_itself_that_it_is_done_has_ended_itself(hasty, pict
 
 
 def test_a_program_holds_no_socket(box, picture):
-    """A program may call recvmsg, because the child gets its job by it, but has nothing to receive
-    from.
-    """
+    """It may call recvmsg, by which the child gets its job, but has nothing to receive from."""
     code = """
 import os, stat
 for fd in range(1024):
@@ -876,14 +874,13 @@ def runs(sandbox) -> bool:
     return os.path.exists(os.path.join(sandbox._workers[0]._base, "run", jail.INPUT))
 
 
-def start_endless_program(sandbox, picture, errors: list[str]) -> threading.Thread:
-    """Run a program that sleeps in a thread, and return when it runs. `errors` gets what is raised.
-    """
+def start_endless_program(sandbox, picture, ends: list[str]) -> threading.Thread:
+    """Run a program that sleeps, in a thread, and return when it runs. `ends` gets its error."""
     def work():
         try:
-            sandbox.run("import time\ntime.sleep(1000)", picture)
+            ends.append(sandbox.run("import time\ntime.sleep(1000)", picture).error)
         except RuntimeError as error:
-            errors.append(str(error))
+            ends.append(str(error))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -915,19 +912,18 @@ def test_no_process_and_no_file_survives_a_killed_trainer(tmp_path):
 
 @pytest.mark.skipif(not LINUX, reason="parent death signals are Linux's")
 def test_a_program_does_not_outlive_a_killed_worker(box, picture):
-    """The trainer starts another worker and tries the program again, until the sandbox is closed.
-    """
-    errors = []
+    """The trainer starts another worker and tries the program again; here closing ends that one."""
+    ends = []
     with Sandbox(workers=1, seconds=1000) as sandbox:
         process = sandbox._workers[0]._process
-        thread = start_endless_program(sandbox, picture, errors)
+        thread = start_endless_program(sandbox, picture, ends)
         child = int(open(f"/proc/{process.pid}/task/{process.pid}/children").read())
         process.kill()
         assert wait_for(lambda: not alive(child))
         restarted = sandbox._workers[0]
         assert wait_for(lambda: restarted._process not in (None, process) and runs(sandbox))
     thread.join()
-    assert errors == ["the sandbox is closed"]
+    assert len(ends) == 1 and ends[0].startswith("the sandbox lost its worker twice")
 
 
 def test_a_closed_sandbox_leaves_nothing_and_refuses(picture, tmp_path, monkeypatch):
@@ -945,11 +941,11 @@ def test_a_closed_sandbox_leaves_nothing_and_refuses(picture, tmp_path, monkeypa
 
 
 def test_closing_does_not_wait_for_a_program(picture):
-    errors = []
+    ends = []
     with Sandbox(workers=1, seconds=1000) as sandbox:
-        thread = start_endless_program(sandbox, picture, errors)
+        thread = start_endless_program(sandbox, picture, ends)
     thread.join()
-    assert errors == ["the sandbox is closed"]
+    assert ends == ["the sandbox is closed"]
 
 
 def test_a_forked_trainer_may_not_use_its_parents_sandbox(box, picture, monkeypatch):
@@ -998,9 +994,7 @@ def test_a_missing_layer_is_named_and_strict_refuses(picture, without, escape):
 @pytest.mark.parametrize("without", [("landlock",), ("fork",), ("fork",) + ALL],
                          ids=["chroot", "fresh", "macOS"])
 def test_the_degraded_ways_run_ordinary_programs(picture, without):
-    """Chroot in landlock's place; a fresh interpreter for every program; the same without any
-    layer, as on macOS.
-    """
+    """Chroot in landlock's place; a fresh interpreter for every program; no layers, as on macOS."""
     with Sandbox(workers=1, seconds=3, without=without) as sandbox:
         assert healthy(sandbox, picture)
         code = program("import numpy as np", "image = Image.fromarray(255 - np.asarray(image))",

@@ -1,11 +1,12 @@
-"""Task 8: jail.limit_resources. What it asks of the kernel is recorded; then one process is really
-locked."""
+"""Task 8: jail.limit_resources. Most tests record what it asks of the kernel. The last one limits a
+real process."""
 
 import json
 import resource
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from extras import jail
 
 from .check import expect
 
-ROOT = jail.__file__.rpartition("/")[0]
+ROOT = str(Path(jail.__file__).parents[1])
 
 
 def asked(seconds: float = 2.5, memory_mb: int = 64) -> dict:
@@ -37,7 +38,7 @@ def limit_of(name: str) -> tuple[int, int]:
 def test_processor_time():
     expect(lambda: limit_of("CPU"), (4, 5), {
         "no limit of processor time is set": "raised KeyError",
-        "the seconds are rounded down; up, and one more": (3, 4),
+        "the seconds are rounded down; round them up, and add one": (3, 4),
         "soft and hard limit of the processor time are equal: the hard one is one second later":
             (4, 4),
         "the time is not rounded up to whole seconds": (3.5, 4.5),
@@ -80,7 +81,8 @@ def test_memory_comes_on_top_of_the_interpreter():
 @pytest.mark.skipif(not jail.LINUX, reason="only Linux keeps this limit")
 def test_a_program_that_wants_too_much():
     """In a process of its own with 64 MB: it gets 10 MB and does not get 200 MB."""
-    program = (f"import json, sys; sys.path.insert(0, {json.dumps(ROOT)}); import jail\n"
+    program = (f"import sys; sys.path.insert(0, {json.dumps(ROOT)})\n"
+               "from extras import jail\n"
                "jail.limit_resources(jail.Jail(0, '', [], [], 5, 64, []))\n"
                "bytearray(10 << 20)\n"
                "print('small', end=' ')\n"

@@ -117,7 +117,7 @@ def test_hits_and_misses():
         return replay.hits, replay.misses
     expect(counts, (2, 2), {
         "hits and misses are not counted": (0, 0),
-        "hits and misses are exchanged, or counted twice": (2, 4),
+        "each is counted twice": (4, 4),
         "only hits are counted": (2, 0),
         "only misses are counted": (0, 2),
         "every search is counted as a miss": (2, 4),

@@ -46,7 +46,7 @@ def record(folder: Path, program: Path, steps: int, only: str) -> None:
         launch = [sys.executable]
         if way.startswith("two"):
             launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        options = [*COMMON, "--steps", str(steps), *WAYS[way]]      # of an option given twice the last
+        options = [*COMMON, "--steps", str(steps), *WAYS[way]]      # the last of two counts
         command = [*launch, str(program), "--task", task, *options, "--out", str(out)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -74,7 +74,8 @@ def gradient(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(old: list[dict], new: list[dict], tolerance: float) -> list[str]:
-    """One line for each number that differs by more than `tolerance` (relative to 1 or the number)."""
+    """One line for each number that differs by more than `tolerance`, relative to max(1, number).
+    """
     found = [] if len(old) == len(new) else [f"{len(old)} steps against {len(new)}"]
     for a, b in zip(old, new):
         for name in sorted(a):            # a number that is new is no difference
@@ -104,7 +105,9 @@ def compare(old: Path, new: Path) -> int:
             a, b = metrics(folder), metrics(other)
             found = differences(a[:1], b[:1], 1e-3)
             later = next((x["step"] for x, y in zip(a, b) if x["tokens"] != y["tokens"]), None)
-            note = f"sampled tokens differ from step {later} on" if later else "same tokens throughout"
+            note = "the same tokens throughout"
+            if later:
+                note = f"sampled tokens differ from step {later} on"
         else:
             a = metrics(folder)
             found, note = differences(a, metrics(other), 0.0), f"{len(a)} steps"

@@ -22,6 +22,7 @@ Dimensions: B rows, b rows in the batch, T tokens, S slots of the cache, D hidde
 import functools
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -69,24 +70,20 @@ class Clock:
 CLOCK = Clock()
 
 
+@contextmanager
 def timed(phase: str):
-    """A decorator: the seconds that the function takes are booked on `phase` of CLOCK.
+    """Books the seconds that a block, or as a decorator a function, takes on `phase` of CLOCK.
 
     An error that says that the GPU's memory is full gets the phase as `error.phase`.
     """
-    def decorate(function):
-        @functools.wraps(function)
-        def call(*arguments, **names):
-            CLOCK.start(phase)
-            try:
-                return function(*arguments, **names)
-            except torch.OutOfMemoryError as error:
-                error.phase = getattr(error, "phase", phase)
-                raise
-            finally:
-                CLOCK.stop(phase)
-        return call
-    return decorate
+    CLOCK.start(phase)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.phase = getattr(error, "phase", phase)
+        raise
+    finally:
+        CLOCK.stop(phase)
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ goes wrong, with the option that helps; `step_line` is what you see while a run 
 
 import json
 import textwrap
-from collections import Counter
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from rollout import Episode
 from tools import SearchError
 
 LINE = 80               # columns of a step's line on the screen
+ENDINGS = ("answer", "cut", "turns", "length")      # what Episode.ended may be
 
 
 def rounded(value, digits: int = 6):
@@ -57,7 +57,8 @@ def step_metrics(step: int, episodes: list[Episode], rewards: list, stats: dict,
         "step": step, "reward_mean": totals.mean().item(), "reward_std": totals.std().item(),
         **reward_parts(rewards), "groups": len(groups), "group_std": groups.std(1).mean().item(),
         "zero_variance": (groups.max(1).values == groups.min(1).values).float().mean().item(),
-        **stats, **tool_counts(episodes), "ended": dict(Counter(e.ended for e in episodes)),
+        **stats, **tool_counts(episodes),
+        "ended": {why: sum(e.ended == why for e in episodes) for why in ENDINGS},
         "turns": sum(len(e.turns) for e in episodes) / len(episodes),
         "tokens": sampled / len(episodes), "tokens_per_second": sampled / max(sampling, 1e-9),
         "seconds": seconds, "seconds_by_phase": phases})
@@ -93,7 +94,7 @@ def step_line(m: dict) -> str:
     """
     always = 9
     part = "query" if "query" in m else "problem"
-    cut_short = {why: n for why, n in m.get("ended", {}).items() if why != "answer"}
+    cut_short = {why: n for why, n in m.get("ended", {}).items() if n and why != "answer"}
     equal = round(m["zero_variance"] * m["groups"])
     warned = [w["name"] for w in m.get("warnings", ())]
     parts = [(always, f"step {m['step']:4d}  reward {m['reward_mean']:.2f}  EM {m['em']:.2f}"),

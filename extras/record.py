@@ -29,7 +29,7 @@ import transformers
 from tqdm import tqdm
 
 from extras import files, metrics, resume, weights
-from extras.engine import CLOCK
+from extras.engine import CLOCK, timed
 from extras.resume import RunError
 from grpo import frozen_logp
 from rewards import SCORERS, score_answer, summarize
@@ -187,11 +187,8 @@ class Run:
         """Around an update and its record: signals wait for the end; then a checkpoint if due."""
         with self.signals.hold():
             self.torn = True
-            CLOCK.start("update")
-            try:
+            with timed("update"):       # `record` stops the clock: it is no part of the update
                 yield
-            finally:
-                CLOCK.stop("update")
             if self.checkpoint_due():
                 self.save_checkpoint()
         self.say_step()

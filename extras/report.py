@@ -589,8 +589,7 @@ def show_episode(number: str, folder: str | Path) -> str:
     path = require_run_folder(folder) / "tokens.jsonl"
     found = [(offset, record["when"]) for offset, record in lines_with_offsets(path)]
     if not found:
-        raise ReportError(f"{path} holds no episode: the run made no step, or recording tokens was "
-                          "switched off")
+        raise ReportError(f"{path} holds no episode: the run made no step, or the file was removed")
     if not number.isdecimal() or not 1 <= int(number) <= len(found):
         raise ReportError(f"--show-episode {number}: {path} has episodes 1 to {len(found)}: "
                           f"{episode_ranges(found)}")

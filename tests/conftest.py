@@ -1,9 +1,12 @@
-"""What the tests share: the modules on the path, the embedded
-checkpoint, one sandbox, MAT-mini in memory."""
+"""What the tests share: the modules on the path, the embedded checkpoint, one sandbox, MAT-mini in
+memory, one whole run."""
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test goes to the network, wherever there is one
 
@@ -14,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+import arft
 from data import mini
 from data.mat import Sample
+from extras import record, setup
 from extras.weights import load
+from rewards import lexical_similarity
 from tools import Sandbox, Tools
 
 torch.set_num_threads(1)     # two wait for each other where another program is busy
@@ -59,3 +65,37 @@ def samples(tmp_path):
         return made
 
     return make
+
+
+# --- whole runs, and their parts ------------------------------------------------------------------
+
+
+def parts_of(config: arft.Config, policy, tools: Tools | None = None) -> arft.Parts:
+    """What arft.start hands to the loop; the run folder is config.out."""
+    run = record.Run(config, policy)
+    run.similarity = lexical_similarity
+    return arft.Parts(**setup.choose_parts(config, policy, run, tools or Tools()))
+
+
+SHORT_RUN = ["--task", "mat-coding", "--steps", "2", "--samples-per-step", "2", "--group-size", "4",
+             "--eval-samples", "6", "--max-turns", "3", "--seed", "5", "--lr", "1e-3"]
+
+
+def made_run(folder: Path, *arguments: str) -> SimpleNamespace:
+    """A whole run of the program: its folder, exit code and standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = arft.main([*arguments, "--out", str(folder)])
+    return SimpleNamespace(folder=folder, code=code, said=said.getvalue())
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory):
+    """Two steps, evaluated before, between and after. Tests only read it."""
+    return made_run(tmp_path_factory.mktemp("runs") / "short", *SHORT_RUN, "--eval-every", "1")
+
+
+@pytest.fixture(scope="session")
+def evaluation_run(tmp_path_factory):
+    """An evaluation alone. Tests only read it."""
+    return made_run(tmp_path_factory.mktemp("runs") / "evaluation", "--task", "mat-coding",
+                    "--eval-only", "--eval-samples", "3")

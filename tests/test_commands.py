@@ -1,5 +1,5 @@
-"""The commands that need no model, the options of the published
-benchmark, and bad rows on the command line."""
+"""The commands that need no model, the options of the published benchmark, and bad rows on the
+command line."""
 
 import dataclasses
 import json
@@ -8,16 +8,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-import arft
-from extras import files, record
-from arft import Config, UsageError, main
+from arft import Config, main
 from conftest import ROOT
-from data import mat
-from extras.weights import load
-from policy import SEARCH_PROMPT
-from rollout import Clock
+from data import mat, mini
+from extras import files, metrics, paper, record, setup, weights
+from extras.options import UsageError
+from policy import SEARCH_PROMPT, SYSTEM_PROMPT
+from rewards import episode_reward
 from test_mat import CODING, QA, steps, write_mat
-from test_protocol import CROP, EPISODE, answer, attempt, play, problem
+from test_protocol import CROP, answer, attempt, evaluated, play, problem
 
 SHARED = ROOT.parent / "shared"
 MAT_SAMPLE = SHARED / "mat-sample" / "MAT"
@@ -32,7 +31,7 @@ def no_model(monkeypatch):
     """The commands without a model must not load one."""
     def load_nothing(*arguments):
         raise AssertionError("a model was loaded")
-    monkeypatch.setattr(arft, "load", load_nothing)
+    monkeypatch.setattr(weights, "load", load_nothing)
 
 
 def said_by(capsys, *arguments) -> tuple[int, str, str]:
@@ -45,9 +44,10 @@ def said_by(capsys, *arguments) -> tuple[int, str, str]:
 def numbers(text: str, start: str) -> list[float]:
     """The numbers of the one line that begins with `start`."""
     line, = (line for line in text.splitlines() if line.startswith(start))
-    return [float(word)
-            for word in line[len(
-        start):].replace("[", " ").replace("]", " ").replace(",", " ").split()]
+    rest = line[len(start):]
+    for sign in "[],":
+        rest = rest.replace(sign, " ")
+    return [float(word) for word in rest.split()]
 
 
 # --- --score --------------------------------------------------------------------------------------
@@ -80,8 +80,8 @@ def test_the_published_bamboogle_predictions_score_as_published(no_model, capsys
 
 
 def predictions(path: Path, *answers) -> Path:
-    rows = [{"id": i, "gt": ["yes"], "pred_answer": answer} for i,
-            answer in enumerate(answers, start=1)]
+    rows = [{"id": i, "gt": ["yes"], "pred_answer": answer}
+            for i, answer in enumerate(answers, start=1)]
     path.write_text(json.dumps(rows))
     return path
 
@@ -129,7 +129,7 @@ def test_check_data_ends_with_0_without_and_1_with_defects(no_model, capsys, tmp
 def test_check_data_without_data_checks_what_a_run_would_use(no_model, capsys, tmp_path,
                                                              monkeypatch):
     write_mat(tmp_path, "mat-coding", "test", [CODING], images=["a_proc.png"])
-    monkeypatch.setattr(arft.mini, "ensure", lambda cache: tmp_path)
+    monkeypatch.setattr(mini, "ensure", lambda cache: tmp_path)
     code, out, _ = said_by(capsys, "--check-data", "--device", "cpu")
     assert code == 0 and str(tmp_path) in out
 
@@ -144,8 +144,8 @@ def test_a_flashrag_file_as_large_as_2wiki_is_checked(no_model, capsys, tmp_path
     file.parent.mkdir()
     file.write_text("".join(json.dumps({**QA, "id": f"dev_{i}"}) + "\n" for i in range(12_576)))
     code, out, _ = said_by(capsys, "--task", "2wiki", "--check-data", "--data", tmp_path)
-    assert (code == 0 and "dev.jsonl: 12,576 samples (test)" in out
-            and "train.jsonl: not there (train)" in out)
+    assert code == 0 and "dev.jsonl: 12,576 samples (test)" in out
+    assert "train.jsonl: not there (train)" in out
 
 
 def test_two_commands_at_once_are_bad_input(capsys, tmp_path):
@@ -202,8 +202,8 @@ def test_a_bad_row_of_predictions_names_file_row_and_field(capsys, tmp_path, no_
 
 
 class Hub:
-    """Stands in for huggingface_hub.snapshot_download: makes the files it is
-    asked for, or cannot be reached."""
+    """Stands in for huggingface_hub.snapshot_download: makes the files that it is asked for, or
+    cannot be reached."""
 
     def __init__(self, folder: Path, reachable: bool):
         self.folder, self.reachable, self.asked = folder, reachable, []
@@ -234,17 +234,17 @@ def hub(monkeypatch, tmp_path):
 def test_only_the_files_of_the_task_are_fetched(hub, task, only_test, files):
     asked = hub(reachable=True)
     config = Config(task=task, eval_only=only_test, model=str(ROOT / "data" / "tiny"), device="cpu")
-    said = arft.complete(config)
-    assert asked.asked == [(arft.HUB_QA, "dataset", files)]
-    assert config.data == str(asked.folder) and any(arft.HUB_QA in line for line in said)
+    said = setup.complete(config)
+    assert asked.asked == [(setup.HUB_QA, "dataset", files)]
+    assert config.data == str(asked.folder) and any(setup.HUB_QA in line for line in said)
     assert len(mat.load(task, config.data, "test")) == 1
 
 
 def test_check_data_fetches_the_test_file_alone(hub, capsys, no_model):
     asked = hub(reachable=True)
     code, out, _ = said_by(capsys, "--task", "hotpotqa", "--check-data")
-    assert code == 0 and "1 samples" in out and asked.asked == [(arft.HUB_QA, "dataset",
-                                                                 ["hotpotqa/dev.jsonl"])]
+    assert code == 0 and "dev.jsonl: 1 samples" in out
+    assert asked.asked == [(setup.HUB_QA, "dataset", ["hotpotqa/dev.jsonl"])]
 
 
 @pytest.mark.parametrize("arguments, command", [
@@ -253,25 +253,24 @@ def test_check_data_fetches_the_test_file_alone(hub, capsys, no_model):
      "--local-dir DIR"),
     (["--task", "mat-search", "--eval-only"],
      "hf download laolao77/MAT --repo-type dataset --local-dir DIR")])
-def test_without_network_the_message_says_what_to_download_and_where_to_put_it(hub, capsys,
-        no_model, monkeypatch, arguments,
-                                                                               command):
+def test_without_network_the_message_says_what_to_download_and_where_to_put_it(
+        hub, capsys, no_model, monkeypatch, arguments, command):
     hub(reachable=False)
     # for an embedded model, MAT-mini would be drawn
-    monkeypatch.setattr(arft, "is_small", lambda model: False)
+    monkeypatch.setattr(setup, "is_small", lambda model: False)
     code, _, err = said_by(capsys, *arguments, "--model", ROOT / "data" / "tiny")
-    assert (code == 2 and command in err and "--data DIR" in err and "OSError" in err
-            and err.count("\n") == 2)
+    assert code == 2 and command in err and "--data DIR" in err and "OSError" in err
+    assert err.count("\n") == 2
 
 
 def test_a_file_that_the_hub_does_not_have_is_named(hub, monkeypatch, tmp_path):
     hub(reachable=True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     with pytest.raises(UsageError, match="musique/dev.jsonl is not among its files"):
-        arft.fetch(arft.HUB_QA, "dataset", ["musique/dev.jsonl"])
+        setup.fetch(setup.HUB_QA, "dataset", ["musique/dev.jsonl"])
 
 
-# --- the words, the scorer, the protocols ---------------------------------------------------------
+# --- system prompt, scorer, protocols -------------------------------------------------------------
 
 
 def run(tmp_path, *arguments, name="run"):
@@ -280,23 +279,24 @@ def run(tmp_path, *arguments, name="run"):
     return code, out
 
 
-SHORT = ("--steps", 1, "--samples-per-step", 2, "--group-size", 2, "--eval-samples", 4,
-         "--max-turns", 2)
+SHORT = ("--steps", 1, "--samples-per-step", 2, "--group-size", 2, "--eval-samples", 2,
+         "--eval-sampled", "off", "--max-turns", 2, "--max-new-tokens", 48)
 
 
 @pytest.mark.parametrize("protocol", ["episodes", "paper"])
 def test_the_users_words_reach_the_model_and_travel_with_it(tmp_path, protocol, monkeypatch):
     words, asked = tmp_path / "words.txt", []
     words.write_text("Read the sign, pleäse.\n", encoding="utf-8")
-    original = arft.attempt
+    module = paper if protocol == "paper" else setup
+    true = module.rollout
 
     def listening(policy, *arguments, **more):
         asked.append(policy.system_prompt)
-        return original(policy, *arguments, **more)
-    monkeypatch.setattr(arft, "attempt", listening)
+        return true(policy, *arguments, **more)
+    monkeypatch.setattr(module, "rollout", listening)
     code, out = run(tmp_path, *SHORT, "--system-prompt", words, "--protocol", protocol)
     assert code == 0 and set(asked) == {"Read the sign, pleäse."}
-    assert load(str(out / "model")).system_prompt == "Read the sign, pleäse."
+    assert weights.load(str(out / "model")).system_prompt == "Read the sign, pleäse."
 
 
 def test_a_file_of_words_that_cannot_be_used(tmp_path, capsys):
@@ -313,31 +313,29 @@ def test_whose_words_are_used(tmp_path, policy):
     words = tmp_path / "words.txt"
     words.write_text("Hello.")
     own = policy.system_prompt
-    assert arft.choose_prompt(Config(), policy) == arft.choose_prompt(Config(task="mat-search"),
-                                                                      policy) == own
-    assert arft.choose_prompt(Config(system_prompt=str(words)), policy) == "Hello."
-    # a checkpoint without words
+    assert setup.choose_prompt(Config(), policy) == own
+    assert setup.choose_prompt(Config(task="mat-search"), policy) == own
+    assert setup.choose_prompt(Config(system_prompt=str(words)), policy) == "Hello."
+    # a checkpoint that brings none
     plain = type(policy)(policy.model, policy.tokenizer, policy.image_processor)
-    assert arft.choose_prompt(Config(), plain) == arft.SYSTEM_PROMPT
-    assert arft.choose_prompt(Config(task="mat-search"), plain) == SEARCH_PROMPT
+    assert setup.choose_prompt(Config(), plain) == SYSTEM_PROMPT
+    assert setup.choose_prompt(Config(task="mat-search"), plain) == SEARCH_PROMPT
 
 
-def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(policy, samples,
-                                                                        monkeypatch):
+@pytest.mark.parametrize("scorer, other, right", [("official", "repaired", 0.0),
+                                                  ("repaired", "official", 1.0)])
+def test_the_scorer_is_that_of_reward_and_summary_and_tables_print_both(
+        policy, samples, monkeypatch, tmp_path, scorer, other, right):
     sample = dataclasses.replace(*samples(("none",)), golds=("FOOD\\nDIRECTORY",))
-    for scorer, other, right in (("official", "repaired", 0.0), ("repaired", "official", 1.0)):
-        play(monkeypatch, policy, answer("FOOD DIRECTORY"))
-        config = Config(scorer=scorer, max_new_tokens=96, eval_batch=100)
-        summary, rows = arft.evaluate(policy, [sample], None, config, 0.0, Clock(), "scripted",
-                                      EPISODE)
-        episodes = [row["episode"] for row in rows]
-        assert (summary["em"] == right and summary[other]["em"] == 1 - right
-                and scorer not in summary)
-        assert summary["by_problem"]["none"]["em"] == right
-        assert arft.score(episodes, config)[0].parts["answer"] == right
-        text = files.table({"before": summary | {"sampled": summary}})
-        assert numbers(text, f"  {other} scorer")[1] == 100 * (1 - right)
-        assert numbers(text, "before, greedy")[1] == 100 * right
+    play(monkeypatch, policy, answer("FOOD DIRECTORY"))
+    config = Config(out=str(tmp_path / "run"), scorer=scorer, max_new_tokens=96)
+    summary, _, earned = evaluated(policy, sample, config)
+    assert summary["em"] == right and summary[other]["em"] == 1 - right and scorer not in summary
+    assert summary["by_problem"]["none"]["em"] == right
+    assert earned.parts["answer"] == right
+    text = files.table({"before": summary | {"sampled": summary}})
+    assert numbers(text, f"  {other} scorer")[1] == 100 * (1 - right)
+    assert numbers(text, "before, greedy")[1] == 100 * right
 
 
 def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samples, tools,
@@ -346,17 +344,16 @@ def test_a_program_that_ran_otherwise_than_written_is_in_the_record(policy, samp
                                  question="Read the text in [0, 250, 500, 500].")
     play(monkeypatch, policy, problem("crop"), CROP, answer("1"))
     episode, = attempt(policy, [sample], tools)
-    config = Config(out=str(tmp_path / "run"))
-    kept = record.Run(config).episode_record("before", 0, episode, arft.score([episode], config)[0],
-                                             None, True)
-    assert "[28:56, 0:56]" in kept["turns"][1]["ran"] and "[3:9, 2:40]" in kept["turns"][1]["text"]
-    assert (kept["turns"][0]["ran"] is None
-            and (tmp_path / "run" / kept["turns"][1]["image"]).exists())
+    kept = record.Run(Config(out=str(tmp_path / "run"))).episode_record(
+        "before", 0, episode, episode_reward(episode), None, True)
+    first, second = kept["turns"][:2]
+    assert "[28:56, 0:56]" in second["ran"] and "[3:9, 2:40]" in second["text"]
+    assert first["ran"] is None and (tmp_path / "run" / second["image"]).exists()
 
 
 def test_what_a_row_does_not_have_is_not_averaged(policy, samples, monkeypatch):
-    """Two rows, a problem and an answer, and every completion names the
-    problem: all problems are right, no answer is."""
+    """Of a problem row and an answer row, every completion names the problem: all problems are
+    right, no answer is."""
     sample, = samples(("dark",))
     shared = {"id": "1", "question": "?", "image_path": sample.image_path}
     rows = [mat.StepSample(**shared, golds=(), problems=("dark",), kind="problem",
@@ -364,15 +361,11 @@ def test_what_a_row_does_not_have_is_not_averaged(policy, samples, monkeypatch):
             mat.StepSample(**shared, golds=("1",), kind="answer", formats=("answer",))]
     play(monkeypatch, policy, problem("dark"))
     episodes = attempt(policy, rows, group_size=2)
-    rewards = arft.score(episodes, Config(protocol="paper"))
-    totals = arft.torch.tensor([reward.total for reward in rewards])
-    metrics = record.step_metrics(1,
-                                  {"episodes": episodes, "rewards": rewards, "totals": totals,
-                                   "stats": {},
-                                    "clock": Clock(), "seconds": 1.0}, 2)
-    assert totals.tolist() == [2, 2, 0, 0]
-    assert [metrics[name] for name in ("problem", "answer", "em", "accuracy", "format")] == [1, 0,
-            0, 0.5, 0.5]
+    rewards = [paper.reward(episode) for episode in episodes]
+    assert [reward.total for reward in rewards] == [2, 2, 0, 0]
+    step = metrics.step_metrics(1, episodes, rewards, {}, 1.0, {}, 2)
+    names = ("problem", "answer", "em", "accuracy", "format")
+    assert [step[name] for name in names] == [1, 0, 0, 0.5, 0.5]
 
 
 def test_dr_grpo_divides_by_the_turns_that_the_protocol_has():
@@ -381,32 +374,33 @@ def test_dr_grpo_divides_by_the_turns_that_the_protocol_has():
 
 
 @published
-@pytest.mark.parametrize("protocol, training", [("episodes", 2), ("paper", 5)])
-def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training):
+@pytest.mark.parametrize("protocol, training, at_once", [("episodes", 2, 1), ("paper", 5, 3)])
+def test_two_steps_on_the_published_rows(tmp_path, capsys, protocol, training, at_once):
+    """Every training row is seen at least once."""
     code, out = run(tmp_path, "--task", "mat-coding", "--steps", 2, "--data", MAT_SAMPLE,
-                    "--protocol", protocol,
-                    "--samples-per-step", 5, "--group-size", 4)
+                    "--protocol", protocol, "--samples-per-step", at_once, "--group-size", 2,
+                    "--max-turns", 3, "--zero-variance", "keep", "--inner-epochs", 1,
+                    "--minibatches", 1)
     assert code == 0 and f"4 held-out samples, {training} for training" in capsys.readouterr().out
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(metrics) == 2 and all(m.get("logp_error", 0) < 1e-4 for m in metrics)
-    assert ("accuracy" in metrics[0]) == (protocol == "paper")
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 and all(m["logp_error"] < 1e-4 for m in steps)
+    assert ("accuracy" in steps[0]) == (protocol == "paper")
     if protocol == "paper":
-        assert all(m["turns"] == 1 and m["tool_calls"] == 0 for m in metrics)
+        assert all(m["turns"] == 1 and m["tool_calls"] == 0 for m in steps)
     for when in ("before", "after"):
         rows = json.loads((out / f"predictions-{when}.json").read_text())
         assert [row["id"] for row in rows] == [12, 22, 63, 119]
-    assert set(json.loads((out / "summary.json").read_text())["before"]) >= {"em", "repaired",
-            "sampled"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["before"]) >= {"em", "repaired", "sampled"}
     assert main(["--score", str(out / "predictions-after.json")]) == 0
 
 
 @published
 def test_one_step_on_the_published_search_row(tmp_path):
     code, out = run(tmp_path, "--task", "mat-search", "--steps", 1, "--data", MAT_SAMPLE,
-                    "--protocol", "paper",
-                    "--samples-per-step", 1, "--group-size", 2, "--flat-groups", "keep", "--tools",
-                    "off",
-                    "--inner-epochs", 1, "--minibatches", 1)
+                    "--protocol", "paper", "--samples-per-step", 1, "--group-size", 2,
+                    "--zero-variance", "keep", "--tools", "off", "--inner-epochs", 1,
+                    "--minibatches", 1)
     assert code == 0
     step = json.loads((out / "metrics.jsonl").read_text())
     assert step["answer"] == step["em"] == step["problem"] == 0.0 and step["updates"] == 1

@@ -7,16 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import arft
 from arft import Config, main
-from conftest import ROOT
-from extras import resume
-from extras.tree import collate
+from conftest import ROOT, parts_of
+from extras import options, resume, setup, weights
+from extras.options import UsageError
 from extras.weights import MasterAdamW, load, save
-from grpo import episode_logp, optimizer_of, reference_logp, reference_of
+from grpo import Optimizer, episode_logp, frozen_logp, reference_of
 from policy import LORA_ALPHA, LORA_TARGETS, LoRA, PolicyError
-from rollout import Limits, rollout
-from test_grpo import options
+from rollout import Limits, RowLayout, collate, rollout
+from tools import Tools
 
 TINY = str(ROOT / "data" / "tiny")
 
@@ -82,7 +81,7 @@ def test_targets_choose_the_layers(fresh_policy):
     assert {name.split(".")[-1] for name in fresh_policy.adapters} == {"q_proj", "v_proj"}
 
 
-def test_without_other_words_every_layer_of_a_block_is_a_target(fresh_policy):
+def test_if_you_name_none_every_layer_of_a_block_is_a_target(fresh_policy):
     fresh_policy.add_lora(4)
     assert {name.split(".")[-1] for name in fresh_policy.adapters} == set(LORA_TARGETS.split(","))
     assert {adapter.alpha for adapter in fresh_policy.adapters.values()} == {LORA_ALPHA}
@@ -94,13 +93,15 @@ def test_without_other_words_every_layer_of_a_block_is_a_target(fresh_policy):
 def test_the_reference_is_the_model_without_adapters(adapted, policy, samples):
     """The adapters are trained, and yet the reference's log-probs are those of the untouched
     checkpoint, without a second model."""
-    episodes = rollout(policy, samples(("dark",)), group_size=2, tools=None,
+    episodes = rollout(policy, samples(("dark",)), group_size=2, tools=Tools(),
                        limits=Limits(max_new_tokens=64),
                        generator=torch.Generator().manual_seed(1))
     disturb(adapted)
-    assert reference_of(adapted) is adapted
-    got = reference_logp(adapted, episodes, options(micro_batch_tokens=1))
-    expected = reference_logp(reference_of(policy), episodes, options(micro_batch_tokens=1))
+    reference = reference_of(adapted)
+    assert reference is adapted
+    with reference.without_adapters():
+        got = frozen_logp(reference, episodes, 1.0, RowLayout(tokens=1))
+    expected = frozen_logp(reference_of(policy), episodes, 1.0, RowLayout(tokens=1))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with torch.no_grad():
         own, _ = episode_logp(adapted, collate(adapted, episodes[:1]))
@@ -192,8 +193,8 @@ def test_an_adapter_folder_that_is_not_right(adapted, tmp_path, spoil, message):
 
 
 def test_a_lora_run_trains_saves_goes_on_and_evaluates(tmp_path, capsys):
-    short = ["--steps", "1", "--samples-per-step", "3", "--group-size", "4", "--eval-samples", "3",
-             "--max-turns", "3"]
+    short = ["--steps", "1", "--samples-per-step", "3", "--group-size", "4", "--eval-samples", "1",
+             "--eval-sampled", "off", "--max-turns", "2"]
     assert main([*short, "--lora-rank", "4", "--out", str(tmp_path / "a")]) == 0
     model = tmp_path / "a" / "model"
     first = load_file(model / "adapter_model.safetensors")
@@ -214,24 +215,23 @@ def test_a_lora_run_trains_saves_goes_on_and_evaluates(tmp_path, capsys):
     assert "has rank 4" in capsys.readouterr().err
 
 
-def test_what_is_chosen_when_lora_is_left_open(tmp_path):
+def completed(**given) -> Config:
+    config = Config(**{"device": "cpu", "data": "."} | given)
+    setup.complete(config)
+    return config
+
+
+def test_what_is_chosen_when_lora_is_left_open():
     hub = "Qwen/Qwen2.5-VL-3B-Instruct"
-    tiny = Config(device="cpu", data=".")
-    large = Config(model=hub, device="cpu", data=".")
-    arft.complete(tiny)
-    arft.complete(large)
+    tiny, large, full = completed(), completed(model=hub), completed(model=hub, lora_rank=0)
     assert (tiny.lora_rank, tiny.lr) == (0, 2e-4)
     assert (large.lora_rank, large.lr) == (16, pytest.approx(1e-5))
-    full = Config(model=hub, device="cpu", data=".", lora_rank=0)
-    arft.complete(full)
     assert full.lr == 1e-6
     # adapters are small enough to be saved after every step
     assert (tiny.save_every, large.save_every, full.save_every) == (1, 1, 0)
-    vision = Config(model=hub, device="cpu", data=".", vision="trained")
-    arft.complete(vision)
-    assert vision.lora_rank == 0
-    with pytest.raises(arft.UsageError, match="needs --lora-rank 0"):
-        arft.check(Config(vision="trained", lora_rank=4))
+    assert completed(model=hub, vision="trained").lora_rank == 0
+    with pytest.raises(UsageError, match="needs --lora-rank 0"):
+        options.check(Config(vision="trained", lora_rank=4))
 
 
 # --- master weights -------------------------------------------------------------------------------
@@ -288,13 +288,20 @@ def test_master_weights_continue_where_they_were_saved():
 def test_the_optimiser_holds_states_only_for_what_is_trained(fresh_policy):
     fresh_policy.model.model.visual.requires_grad_(False)
     fresh_policy.model.bfloat16()
-    optimizer = optimizer_of(fresh_policy, 1e-6)
+    optimizer = weights.Optimizer(fresh_policy, 1e-6, 1.0).adamw
     assert isinstance(optimizer, MasterAdamW)
     visual = sum(w.numel() for w in fresh_policy.model.model.visual.parameters())
     everything = sum(w.numel() for w in fresh_policy.model.parameters())
     assert sum(m.numel() for m in optimizer.masters) == everything - visual
     fresh_policy.add_lora(2, 2.0, "q_proj")
-    adapters = optimizer_of(fresh_policy, 1e-6)
     # A and B are float32: they are their own masters
+    adapters = Optimizer(fresh_policy, 1e-6, 1.0).adamw
     assert isinstance(adapters, torch.optim.AdamW)
     assert len(adapters.param_groups[0]["params"]) == 2 * len(fresh_policy.adapters)
+
+
+@pytest.mark.parametrize("dtype, rank, kind", [
+    ("bfloat16", 0, weights.Optimizer), ("bfloat16", 4, Optimizer), ("float32", 0, Optimizer)])
+def test_bfloat16_weights_that_are_trained_get_masters(policy, tmp_path, dtype, rank, kind):
+    config = Config(out=str(tmp_path / "run"), dtype=dtype, lora_rank=rank, rollout_batch=1)
+    assert parts_of(config, policy).optimizer is kind

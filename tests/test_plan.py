@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import arft
-from extras import plan
 from arft import Config, main
 from conftest import ROOT
+from extras import plan, setup, weights
 from policy import LoRA
 
 M3, M7 = "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -21,7 +21,7 @@ M3, M7 = "Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"
 
 def completed(**changes) -> Config:
     config = Config(**{"model": M3, "data": ".", "device": "cpu", "plan_device": "H200"} | changes)
-    arft.complete(config)
+    setup.complete(config)
     return config
 
 
@@ -124,14 +124,14 @@ def test_what_backward_keeps_of_a_block_is_what_the_plan_says(small):
     """We count the saved tensors by storage, without weights and their copies. The difference of
     two lengths removes the constant part."""
     model, shape, options = small
-    weights = {w.untyped_storage()._cdata for w in model.parameters()}
+    of_weights = {w.untyped_storage()._cdata for w in model.parameters()}
 
     def saved(tokens):
         kept = {}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
+            if storage._cdata not in of_weights:
                 kept[storage._cdata] = storage.nbytes()
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -194,7 +194,7 @@ def test_the_rollout_batch_is_what_fits():
 
 
 def test_plan_prints_the_peak_and_reads_no_weights(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(arft, "load", None)
+    monkeypatch.setattr(weights, "load", None)
     monkeypatch.chdir(tmp_path)
     assert main(["--task", "mat-coding", "--model", M7, "--plan", "--plan-device", "RTX4090",
                  "--lora-rank", "0"]) == 0
@@ -215,13 +215,14 @@ def test_out_of_memory_ends_with_the_options_to_lower(tmp_path, monkeypatch, cap
     """The error is raised in the update of a real run. The savings are differences of two plans."""
     def update(*arguments, **more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    monkeypatch.setattr(arft.grpo, "update", update)
+    monkeypatch.setattr(arft, "update", update)
     true = plan.model_config
     # The small model is planned as if it were 3B.
     monkeypatch.setattr(plan, "model_config", lambda name: true(M3))
     code = main(["--steps", "1", "--samples-per-step", "2", "--group-size", "4",
-                 "--eval-samples", "2", "--max-turns", "2", "--flat-groups", "keep",
-                 "--micro-batch-tokens", "8192", "--out", str(tmp_path / "run")])
+                 "--eval-samples", "1", "--eval-sampled", "off", "--max-turns", "2",
+                 "--max-new-tokens", "48", "--micro-batch-tokens", "8192",
+                 "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert code == 1 and "the GPU's memory is full (update)" in said and "Traceback" not in said
     kept = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -1,5 +1,5 @@
-"""paper.py: the growing message, the single steps and their rewards; and
-real rows played in both protocols."""
+"""extras/paper.py: the growing message, single steps and their rewards; and real rows, played in
+both protocols."""
 
 import dataclasses
 import re
@@ -9,46 +9,55 @@ import pytest
 import torch
 
 import arft
-from extras import paper
 import rollout as rollout_module
-from conftest import ROOT
+from conftest import ROOT, parts_of
 from data import mat
 from data.mat import StepSample
-from grpo import episode_logp
-from extras.tree import collate
+from extras import options, paper
 from extras.paper import step_reward
+from grpo import episode_logp
 from rewards import Scoring, lexical_similarity
-from rollout import Limits
+from rollout import Limits, collate
 from test_rollout import answer, code, problem
-from tools import parse
+from tools import Tools, parse
 
 MAT_SAMPLE = ROOT.parent / "shared" / "mat-sample" / "MAT"
 real_files = pytest.mark.skipif(not MAT_SAMPLE.exists(),
                                 reason="the MAT sample is not beside this checkout")
 
 
-def EPISODE(i, episode):
-    """A row of `arft.evaluate` that keeps the episode itself."""
-    return {"answer": episode.answer, "episode": episode}
-
-
 def play(monkeypatch, policy, *turns):
-    """Every row writes the same given turns, one after another; "..." at the
-    end of a turn: it is cut off."""
+    """Every row writes the same given turns, one after another. A turn that ends in "..." is cut
+    off."""
     left = list(turns)
 
-    def scripted(rows, limits, generator):
+    def scripted(policy, rows, limits, generator):
         text = left.pop(0)
-        ids = policy.text_ids(text.removesuffix("...")) + ([] if text.endswith("...")
-                                                           else [policy.im_end])
-        return [(list(ids), [-1.0] * len(ids)) for _ in range(len(rows.last))]
+        end = [] if text.endswith("...") else [policy.im_end]
+        ids = policy.text_ids(text.removesuffix("...")) + end
+        return [(list(ids), [-1.0] * len(ids)) for _ in range(rows.count)]
     for module in (rollout_module, paper):
         monkeypatch.setattr(module, "decode_turn", scripted)
 
 
-def attempt(policy, samples, tools=None, group_size=1, limits=Limits(max_new_tokens=32), **options):
-    return paper.rollout(policy, samples, group_size=group_size, limits=limits, tools=tools,
-                         generator=torch.Generator().manual_seed(0), **options)
+def attempt(policy, samples, tools=None, limits=None, **more):
+    return paper.rollout(policy, samples, limits=limits or Limits(max_new_tokens=32),
+                         tools=tools or Tools(), generator=torch.Generator().manual_seed(0), **more)
+
+
+def evaluated(policy, sample, config, tools=None):
+    """One held-out sample, evaluated greedily as a run does it: (summary, episode, reward)."""
+    parts = parts_of(dataclasses.replace(config, eval_sampled="off", rollout_batch=1, eval_batch=1),
+                     policy, tools)
+    true, played = parts.rollout, []
+
+    def rollout(*arguments, **more):
+        played.extend(true(*arguments, **more))
+        return played
+    parts.rollout = rollout
+    arft.evaluate(policy, [sample], config, parts, "before")
+    episode, = played
+    return parts.run.summary["before"], episode, parts.reward(episode)
 
 
 def search(query):
@@ -85,8 +94,9 @@ def test_the_chat_template_s_own_first_words_stay(policy, monkeypatch):
                     "<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("labels, tip", [(("crop",), paper.TIP_CROP), (("none",), paper.TIP_NONE),
-                                         (("dark", "blur"), paper.TIP_REPAIR)])
+@pytest.mark.parametrize("labels, tip", [
+    (("crop",), paper.TIP_CROP), (("none",), paper.TIP_NONE),
+    (("dark", "blur"), paper.TIP_REPAIR)])
 def test_the_tip_depends_on_the_problem(policy, samples, monkeypatch, labels, tip):
     play(monkeypatch, policy, problem(*labels), answer("1"))
     episode, = attempt(policy, samples(("dark",)))
@@ -97,7 +107,7 @@ def test_every_way_to_end(policy, samples, monkeypatch):
     sample = samples(("dark",))
     play(monkeypatch, policy, *["no tags"] * 5)
     lost, = attempt(policy, sample)
-    # B8: it is there, without answer
+    # B8: the sample stays, without an answer
     assert lost.ended == "turns" and len(lost.turns) == 5 and lost.answer is None
     play(monkeypatch, policy, answer("1") + "...")
     assert [(e.ended, e.answer) for e in attempt(policy, sample)] == [("cut", None)]
@@ -109,22 +119,22 @@ def test_every_way_to_end(policy, samples, monkeypatch):
 
 
 def test_an_answer_of_several_lines_is_an_answer(policy, samples, monkeypatch):
-    play(monkeypatch, policy, answer("FOOD\nDIRECTORY"))                                # B9
+    play(monkeypatch, policy, answer("FOOD\nDIRECTORY"))        # B9
     assert attempt(policy, samples(("dark",)))[0].answer == "FOOD\nDIRECTORY"
 
 
 @pytest.mark.parametrize("code_errors, shown", [("shown", True), ("hidden", False)])
 def test_whether_the_model_sees_why_its_program_failed_is_an_option(policy, samples, tools,
-                                                                    monkeypatch,
-                                                                   code_errors, shown):
-    play(monkeypatch, policy, code("raise ValueError('no')"), answer("1"))              # B14
+                                                                    monkeypatch, code_errors,
+                                                                    shown):
+    play(monkeypatch, policy, code("raise ValueError('no')"), answer("1"))      # B14
     episode, = attempt(policy, samples(("dark",)), tools, code_errors=code_errors)
     assert ("ValueError" in episode.turns[0].observation) == shown
     assert bool(episode.turns[0].observation) == shown
 
 
 def test_a_search_without_a_backend_is_answered(policy, samples, monkeypatch):
-    play(monkeypatch, policy, search("painter"), answer("1"))                           # B17
+    play(monkeypatch, policy, search("painter"), answer("1"))       # B17
     episode, = attempt(policy, samples(("dark",)))
     assert episode.turns[0].observation == rollout_module.REPLY_NO_SEARCH
 
@@ -151,9 +161,8 @@ def test_where_crops_are_cut_is_an_option(policy, samples, tools, monkeypatch, c
                                              (problem("dark"), "Read [0, 250, 500, 500]."),
                                              (problem("crop"), "Read the number.")])
 def test_without_a_crop_problem_or_a_box_the_program_runs_as_written(policy, samples, tools,
-                                                                     monkeypatch,
-                                                                    first, question):
-    sample = dataclasses.replace(*samples(("none",)), question=question)                # B10
+                                                                     monkeypatch, first, question):
+    sample = dataclasses.replace(*samples(("none",)), question=question)        # B10
     play(monkeypatch, policy, first, CROP, answer("1"))
     assert attempt(policy, [sample], tools)[0].view.size == (38, 6)
 
@@ -164,23 +173,22 @@ def test_without_a_crop_problem_or_a_box_the_program_runs_as_written(policy, sam
 @real_files
 def test_the_published_rows_as_single_steps():
     steps = mat.load_steps("mat-coding", MAT_SAMPLE)
-    assert [s.id for s in steps] == ["rotation180_1-problem-1", "rotation180_1-code-2",
-                                     "rotation180_1-answer-3",
-                                     "none_2-problem-4", "none_2-answer-5"]
-    assert [(s.problems, s.golds) for s in steps] == [(("rotation180",), ()), ((), ()),
-                                                      ((), ("1 Can (473mL)",)),
-                                                      (("none",), ()), ((), ("Uncommon Valor",))]
-    assert steps[0].context == "" and steps[1].context.endswith(
-        "<problem> {'rotation180'} </problem>")
-    assert steps[2].context.startswith(steps[1].context) and steps[2].context.endswith("</code>")
-    assert all(s.formats == (s.kind,
-               ) and s.question.endswith("?") and s.split == "train" for s in steps)
+    assert [s.id for s in steps] == [
+        "rotation180_1-problem-1", "rotation180_1-code-2", "rotation180_1-answer-3",
+        "none_2-problem-4", "none_2-answer-5"]
+    assert [(s.problems, s.golds) for s in steps] == [
+        (("rotation180",), ()), ((), ()), ((), ("1 Can (473mL)",)),
+        (("none",), ()), ((), ("Uncommon Valor",))]
+    first, second, third = (s.context for s in steps[:3])
+    assert first == "" and second.endswith("<problem> {'rotation180'} </problem>")
+    assert third.startswith(second) and third.endswith("</code>")
+    assert all(s.formats == (s.kind,) and s.question.endswith("?") and s.split == "train"
+               for s in steps)
     query, = mat.load_steps("mat-search", MAT_SAMPLE)
-    assert (query.kind, query.queries) == ("search",
-                                           ("Where is the painting The Milkmaid by Vermeer housed?",
-                                           ))
-    assert (query.formats == ("search", "answer") and query.image_path.name == "23.jpg"
-            and query.context == "")
+    gold = "Where is the painting The Milkmaid by Vermeer housed?"
+    assert (query.kind, query.queries) == ("search", (gold,))
+    assert query.formats == ("search", "answer") and query.context == ""
+    assert query.image_path.name == "23.jpg"
 
 
 def test_the_context_of_a_search_row_stands_behind_its_query():
@@ -204,10 +212,10 @@ def test_a_step_is_one_turn_on_the_stored_context_and_a_square_image(policy):
                for e in episodes)
     assert attempt(policy, steps[:1], step_side=0)[0].view.size == (1500, 1500)
     text = paper.message(episodes[4], "SYSTEM")
-    assert text.startswith(
-        f"SYSTEM\n<query> {steps[2].question} </query>\n<think> The image appears")
-    assert episodes[4].ids[:episodes[4].turns[0].start] == episodes[5].ids[
-        :episodes[5].turns[0].start]
+    question = steps[2].question
+    assert text.startswith(f"SYSTEM\n<query> {question} </query>\n<think> The image appears")
+    one, other = (e.ids[:e.turns[0].start] for e in episodes[4:6])
+    assert one == other
     batch = collate(policy, episodes)
     with torch.no_grad():
         logp, _ = episode_logp(policy, batch)
@@ -219,17 +227,15 @@ def test_a_step_is_one_turn_on_the_stored_context_and_a_square_image(policy):
 # --- the rewards of single steps, by hand ---------------------------------------------------------
 
 
-def reward(kind, turn, finished=True, **more):
-    formats = more.pop("formats", (kind,))
-    fields = {name: more.pop(name) for name in ("golds", "problems", "queries") if name in more}
-    step = StepSample("1", "?", **{"golds": ()} | fields, image_path=None, kind=kind,
-                      formats=formats)
+def reward(kind, turn, finished=True, formats=None, scorer="official", **golds):
+    """(accuracy, format) of a turn for a row of this kind."""
+    step = StepSample("1", "?", **{"golds": ()} | golds, image_path=None, kind=kind,
+                      formats=formats or (kind,))
     action = parse(turn)
+    said = action.value if finished and action.kind == "answer" else None
     last = SimpleNamespace(action=action, finished=finished)
-    found = step_reward(SimpleNamespace(sample=step, turns=[last],
-                                        answer=action.value if finished and
-                                        action.kind == "answer" else None),
-                        Scoring(scorer=more.pop("scorer", "official")), **more)
+    found = step_reward(SimpleNamespace(sample=step, turns=[last], answer=said),
+                        Scoring(scorer=scorer))
     assert found.total == pytest.approx(found.parts["accuracy"] + found.parts["format"])
     return found.parts["accuracy"], found.parts["format"]
 
@@ -278,23 +284,23 @@ def test_the_answer_s_f1_is_as_coded_unless_repaired():
 
 def test_the_reward_of_a_search_row():
     gold, formats = "museum of the Milkmaid by Vermeer", ("search", "answer")
-    options = {"queries": (gold,), "formats": formats}
-    assert reward("search", search("The Milkmaid Vermeer museum"),
-                  **options) == (pytest.approx(3 / 15 ** 0.5), 1)
+    row = {"queries": (gold,), "formats": formats}
+    near = pytest.approx(3 / 15 ** 0.5)
+    assert reward("search", search("The Milkmaid Vermeer museum"), **row) == (near, 1)
     # 2 / sqrt(4 * 5) is below 0.5
-    assert reward("search", search("a museum of modern art"), **options) == (0, 1)
+    assert reward("search", search("a museum of modern art"), **row) == (0, 1)
     assert lexical_similarity("a museum of modern art", gold) == pytest.approx(2 / 20 ** 0.5)
-    assert reward("search", answer("Vermeer"), **options) == (0,
-                                                              1), "in MAT-Search either kind has the right format"
+    # in MAT-Search either kind has the right format
+    assert reward("search", answer("Vermeer"), **row) == (0, 1)
     assert reward("answer", search("Vermeer"), golds=("Vermeer",), formats=formats) == (0, 1)
     assert lexical_similarity("", gold) == lexical_similarity("the", "a") == 0
-    options["queries"] = ("of by at in on for four more",)
-    # 2 / sqrt(2 * 8): not below, it counts
-    assert reward("search", search("four more"), **options) == (0.5, 1)
+    row["queries"] = ("of by at in on for four more",)
+    # 2 / sqrt(2 * 8) is not below 0.5: it counts
+    assert reward("search", search("four more"), **row) == (0.5, 1)
 
 
-@pytest.mark.parametrize("kind, turn",
-                         [("answer", answer("b")), ("code", code()), ("problem", problem("dark"))])
+@pytest.mark.parametrize("kind, turn", [
+    ("answer", answer("b")), ("code", code()), ("problem", problem("dark"))])
 def test_a_turn_that_was_cut_off_or_says_a_tag_twice_earns_nothing(kind, turn):
     gold = {"golds": ("b",), "problems": ("dark",)}
     assert reward(kind, turn, **gold)[1] == 1
@@ -320,46 +326,45 @@ def test_parts_that_a_row_does_not_have_are_absent():
 
 @real_files
 @pytest.mark.parametrize("protocol, images", [("episodes", 2), ("paper", 1)])
-def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(policy, tools,
-        monkeypatch, protocol, images):
+def test_given_turns_on_a_real_row_get_the_expected_answer_image_and_score(
+        policy, tools, monkeypatch, tmp_path, protocol, images):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[0]
     play(monkeypatch, policy, problem("rotation180"), code("image = image.rotate(180)"),
          answer("1 Can (473mL)."))
-    config = arft.Config(protocol=protocol, eval_batch=100, max_new_tokens=96)
-    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted",
-                                    EPISODE)
-    episode = row["episode"]
+    config = arft.Config(out=str(tmp_path / "run"), protocol=protocol, max_new_tokens=96)
+    summary, episode, earned = evaluated(policy, sample, config, tools)
     assert (summary["em"], summary["f1"], summary["repaired"]["em"]) == (1.0, 1.0, 1.0)
-    assert (summary["splits"]["simple"]["n"] == 1
-            and summary["by_problem"]["rotation180"]["em"] == 1.0)
+    assert summary["splits"]["simple"]["n"] == 1
+    assert summary["by_problem"]["rotation180"]["em"] == 1.0
     assert episode.answer == "1 Can (473mL)." and len(episode.images) == images
     turned = sample.open_image().rotate(180)
     assert episode.view.size == turned.size == (1500, 1500)
-    near = torch.frombuffer(bytearray(turned.tobytes()), dtype=torch.uint8).float()
-    seen = torch.frombuffer(bytearray(episode.view.tobytes()), dtype=torch.uint8).float()
+    near, seen = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
+                  for image in (turned, episode.view))
     assert (near - seen).abs().mean() < 6       # the program wrote a JPEG: nearly the same picture
-    assert arft.score([episode], config)[0].total == 3.0
+    assert earned.total == 3.0
 
 
 @real_files
 @pytest.mark.parametrize("protocol, size", [("episodes", (38, 6)), ("paper", None)])
-def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(policy, tools,
-        monkeypatch, protocol, size):
+def test_a_real_crop_question_is_cut_at_its_own_box_in_the_papers_way_only(
+        policy, tools, monkeypatch, tmp_path, protocol, size):
     sample = mat.load("mat-coding", MAT_SAMPLE, "test")[3]
     width, height = sample.open_image().size
     size = size or (int(.506 * width) - int(.366 * width), int(.851 * height) - int(.723 * height))
     play(monkeypatch, policy, problem("crop"), CROP, answer("SINCE 1994"))
-    config = arft.Config(protocol=protocol, eval_batch=100, max_new_tokens=96, max_length=10_000)
-    summary, (row,) = arft.evaluate(policy, [sample], tools, config, 0.0, arft.Clock(), "scripted",
-                                    EPISODE)
-    episode = row["episode"]
+    config = arft.Config(out=str(tmp_path / "run"), protocol=protocol, max_new_tokens=96,
+                         max_length=10_000)
+    summary, episode, _ = evaluated(policy, sample, config, tools)
     assert summary["em"] == 1.0 and episode.view.size == size and episode.sample.split == "hard"
 
 
 def test_each_known_defect_is_named_once():
     """B1 to B17, each with "absent" or the option that brings it."""
-    rows = re.findall(r"^    (B\d+) .*(absent|--code-errors hidden)", paper.__doc__, re.MULTILINE)
+    listed = paper.__doc__.split("\n    --   ")[0]
+    rows = re.findall(r"^    (B\d+) (.*(?:\n         .*)*)", listed, re.MULTILINE)
     assert [name for name, _ in rows] == [f"B{i}" for i in range(1, 18)]
-    assert [what for _, what in rows if what != "absent"] == ["--code-errors hidden"]
-    config = arft.parse_options([])
+    assert [name for name, text in rows if "absent" not in text] == ["B14"]
+    assert "--code-errors hidden" in dict(rows)["B14"]
+    config = options.parse(arft.Config, [])
     assert (config.crop_box, config.code_errors, config.step_side) == ("question", "shown", 720)

@@ -15,14 +15,14 @@ from PIL import Image
 import arft
 import grpo
 from arft import Config, main
-from conftest import ROOT
-from extras import files, record, report
-from extras.tree import collate
-from rollout import Limits, rollout
+from conftest import parts_of
+from extras import files, metrics, record, report, weights
+from extras.tree import TreeLayout
+from rollout import Limits, collate, rollout
 
 HOSTILE = ("<script>alert(1)</script> </pre></i></textarea></svg></style> <img src=x "
-           "onerror=alert(1)> &lt; &amp; ]]> <!-- "
-           "{{ 7 * 7 }} {% raw %} {# \" onclick=\"alert(1) ' | \u2028 \u202e \x00 \x1b[31m \x08 "
+           "onerror=alert(1)> &lt; &amp; ]]> <!-- {{ 7 * 7 }} {% raw %} {# "
+           "\" onclick=\"alert(1) ' | \u2028 \u202e \x00 \x1b[31m \x08 "
            "\ud800 \\ </details")
 
 
@@ -317,7 +317,7 @@ def test_a_folder_that_no_run_wrote_is_bad_input(tmp_path, capsys):
 
 
 def test_the_command_remakes_the_page_without_a_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(arft, "load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(weights, "load", lambda *a: pytest.fail("a model was loaded"))
     folder = make_run(tmp_path / "run")
     assert main(["--report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
@@ -358,7 +358,7 @@ def test_an_episode_that_does_not_exist(tmp_path, number):
 def test_without_recorded_tokens_there_is_no_table(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "tokens.jsonl").unlink()
-    with pytest.raises(report.ReportError, match="recording tokens was switched off"):
+    with pytest.raises(report.ReportError, match="holds no episode: the run made no step"):
         report.show_episode("1", folder)
 
 
@@ -369,7 +369,7 @@ def test_tokens_are_those_of_the_episode_in_their_places(policy, samples, tools)
     made, = rollout(policy, samples(("dark",)), limits=Limits(max_turns=3), tools=tools,
                     generator=torch.Generator().manual_seed(3))
     logp = torch.arange(len(made.ids)) / 8
-    kept = record.token_record(policy, made, logp)
+    kept = metrics.token_record(policy, made, logp)
     assert len({len(column) for column in kept.values()}) == 1
     assert sum(kept["count"]) == len(made.ids)
     position = 0
@@ -389,30 +389,33 @@ def test_tokens_are_those_of_the_episode_in_their_places(policy, samples, tools)
 
 
 def test_bytes_that_are_no_text_are_escapes(policy):
-    texts = [record.token_text(policy.tokenizer, i) for i in policy.text_ids("é x")]
+    texts = [metrics.token_text(policy.tokenizer, i) for i in policy.text_ids("é x")]
     assert texts[:2] == ["\\xc3", "\\xa9"] and "".join(texts[2:]) == " x"
-    assert record.token_text(policy.tokenizer, policy.im_end) == "<|im_end|>"
-
-
-SHORT = ["--steps", "2", "--seed", "5", "--samples-per-step", "2", "--group-size", "4",
-         "--eval-samples", "3", "--max-turns", "3", "--eval-batch", "3",
-         "--model", str(ROOT / "data" / "tiny")]
+    assert metrics.token_text(policy.tokenizer, policy.im_end) == "<|im_end|>"
 
 
 def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, samples, tools,
-                                                            monkeypatch):
+                                                            tmp_path, monkeypatch):
     """It equals that of a forward pass of each episode alone. We set the advantages, so that there
     is something to learn."""
-    monkeypatch.setattr(grpo, "group_advantages",
+    monkeypatch.setattr(arft, "group_advantages",
                         lambda totals, *more: torch.linspace(-1, 1, len(totals)))
-    config = Config(steps=2, samples_per_step=1, group_size=4, rollout_batch=64, lr=1e-3,
-                    inner_epochs=1, minibatches=1, micro_batch_tokens=400, update="rows",
-                    checkpointing="off", max_new_tokens=40, max_turns=1, warmup=0,
-                    flat_groups="keep")
-    trainer = arft.Trainer(fresh_policy, samples(("dark",), ("blur",)), tools, config)
-    done = trainer.learn(trainer.sample())
-    assert len(done["tokens"]) == 4
-    for kept, one in zip(done["tokens"], done["episodes"], strict=True):
+    config = Config(out=str(tmp_path / "run"), steps=1, samples_per_step=1, group_size=4,
+                    rollout_batch=64, lr=1e-3, inner_epochs=1, minibatches=1, save_every=1,
+                    micro_batch_tokens=400, update="rows", checkpointing="off", max_new_tokens=40,
+                    max_turns=1, warmup=0)
+    parts, episodes = parts_of(config, fresh_policy, tools), []
+    play = parts.rollout
+
+    def rollout(*arguments, **more):
+        episodes.extend(play(*arguments, **more))
+        return episodes
+    parts.rollout = rollout
+    arft.train(fresh_policy, samples(("dark",)), config, parts)
+    recorded = [json.loads(line)
+                for line in (tmp_path / "run" / "tokens.jsonl").read_text().splitlines()]
+    assert len(recorded) == len(episodes) == 4
+    for kept, one in zip(recorded, episodes, strict=True):
         with torch.no_grad():
             now, _ = grpo.episode_logp(fresh_policy, collate(fresh_policy, [one]))
         sampled = [t for t, mask in enumerate(one.mask) if mask]
@@ -420,42 +423,38 @@ def test_logp_in_tokens_jsonl_is_that_of_the_updated_policy(fresh_policy, sample
         new, old = ([kept[name][t] for t in columns] for name in ("logp", "logp_old"))
         assert new == pytest.approx(now[0, sampled].tolist(), abs=1e-4)
         assert old == pytest.approx([one.logp[t] for t in sampled], abs=1e-4)
-    assert any(abs(new - old) > 1e-3 for kept in done["tokens"]
+    assert any(abs(new - old) > 1e-3 for kept in recorded
                for new, old in zip(kept["logp"], kept["logp_old"], strict=True))
-    config.record_tokens = "off"
-    assert trainer.learn(trainer.sample())["tokens"] == []
 
 
-def test_a_real_run_has_a_csv_that_equals_its_jsonl_and_a_report(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main([*SHORT, "--out", str(out)]) == 0
+def test_a_real_run_has_a_csv_that_equals_its_jsonl_and_a_report(short_run):
+    out, said = short_run.folder, short_run.said
     rows = list(csv.reader((out / "metrics.csv").read_text().splitlines()))
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and "seconds_by_phase.decode" in rows[0]
-    for row, values in zip(rows[1:], metrics, strict=True):
-        flat = record.flat({"warnings": []} | values)
+    for row, values in zip(rows[1:], steps, strict=True):
+        names = [warning["name"] for warning in values.get("warnings", ())]
+        flat = metrics.flattened(values | {"warnings": names})
         assert dict(zip(rows[0], row, strict=True)) == {
             name: "" if value is None else str(value) for name, value in flat.items()}
-    said = capsys.readouterr().out
-    assert said.count("watch the reward") == 1 and "gradient norm" in said
-    assert all(len(line) <= 100 for line in said.splitlines()
+    told = " ".join(said.split())
+    assert told.count("Watch the reward, not the loss") == 1 and "gradient norm" in told
+    assert all(len(line) <= 80 for line in said.splitlines()
                if line.startswith(("step", "        ")))
     assert len(list(report.lines_with_offsets(out / "tokens.jsonl"))) == 8
     page = (out / "report.html").read_text()
-    assert page.count('class="case"') == 3 + 8 and "2 of 2 steps" in page
+    assert page.count('class="case"') == 6 + 8 and "2 of 2 steps" in page
     assert 'href="data:image/' in page
     assert "episode 8 of 8: step-2" in report.show_episode("8", out)
     report.write(out)
     assert (out / "report.html").read_text() == page
 
 
-def test_an_evaluation_alone_has_a_report(tmp_path):
-    out = tmp_path / "run"
-    assert main([*SHORT, "--eval-only", "--out", str(out)]) == 0
-    page = (out / "report.html").read_text()
+def test_an_evaluation_alone_has_a_report(evaluation_run):
+    page = (evaluation_run.folder / "report.html").read_text()
     assert "evaluation only" in page and "before, sampled" in page
     assert page.count('class="case"') == 3
-    assert not (out / "metrics.csv").exists()
+    assert not (evaluation_run.folder / "metrics.csv").exists()
 
 
 def test_columns_of_the_csv_are_those_of_the_first_line(tmp_path):
@@ -467,17 +466,18 @@ def test_columns_of_the_csv_are_those_of_the_first_line(tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     ({}, "the mean of the step's 4 updates"),
-    ({"inner_epochs": 1, "minibatches": 1}, "about zero, but"),
+    ({"inner_epochs": 1, "minibatches": 1}, "about zero. Its gradient is not"),
     ({"loss_type": "gspo"}, "about zero"), ({"loss_type": "dapo"}, None),
     ({"loss_type": "cispo"}, None), ({"loss_type": "dr_grpo"}, None)])
 def test_the_zero_loss_is_explained_where_it_is_zero(options, words):
     config = Config(**{"inner_epochs": 2, "minibatches": 2} | options)
     stats = {"loss": -0.0017, "grad_norm": 0.42, "updates": 4, "zero_variance": 0.5}
-    said = record.zero_loss_note(config, stats)
+    said = metrics.zero_loss_note(config, stats)
     assert said is None if words is None else words in " ".join(said.split()) and "-0.0017" in said
     nothing = {"loss": None, "grad_norm": None, "updates": None, "zero_variance": 1.0}
     only_kl = {"loss": 0.0, "grad_norm": 0.0, "updates": 4, "zero_variance": 1.0}
-    assert record.zero_loss_note(config, nothing) is record.zero_loss_note(config, only_kl) is None
+    assert metrics.zero_loss_note(config, nothing) is None
+    assert metrics.zero_loss_note(config, only_kl) is None
 
 
 def test_the_loss_is_as_zero_as_the_note_says(fresh_policy, samples, tools):
@@ -490,11 +490,11 @@ def test_the_loss_is_as_zero_as_the_note_says(fresh_policy, samples, tools):
     assert sum(episodes[0].mask) < sum(episodes[-1].mask)
     advantages = grpo.group_advantages(torch.arange(8.0), 8)
     for loss_type, low, high in (("grpo", 0, 1e-5), ("gspo", 0, 1e-5), ("dapo", 1e-2, 9)):
-        config = Config(loss_type=loss_type, inner_epochs=1, minibatches=1,
-                        micro_batch_tokens=2048, update="tree", checkpointing="off",
+        config = Config(loss_type=loss_type, group_size=8, inner_epochs=1, minibatches=1,
                         max_new_tokens=40)
-        stats = grpo.update(fresh_policy, None, episodes, advantages,
-                            torch.optim.SGD(fresh_policy.model.parameters(), 1e-9),
-                            config, torch.Generator()) | {"zero_variance": 0.0}
+        stats = grpo.update(fresh_policy, None, episodes, advantages, config,
+                            optimizer=grpo.Optimizer(fresh_policy, 1e-12, 1.0),
+                            layout=TreeLayout(2048), generator=torch.Generator())
+        stats["zero_variance"] = 0.0
         assert low <= abs(stats["loss"]) <= high and stats["grad_norm"] > 1e-2
-        assert (record.zero_loss_note(config, stats) is None) == (loss_type == "dapo")
+        assert (metrics.zero_loss_note(config, stats) is None) == (loss_type == "dapo")

@@ -1,23 +1,28 @@
-"""record.warnings_of: what goes wrong, seen in the numbers of hand-written steps; and where it is said."""
+"""extras/metrics.py: what goes wrong, seen in the numbers of hand-written steps, and a step's line
+on the screen; and what a run says of both."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 
-import arft
 import grpo
-from extras import record
-from extras import resume
-from arft import Config, main, parse_options
+from arft import Config, main
 from conftest import ROOT
-from extras.record import warnings_of
+from extras import metrics, record, resume
+from extras.metrics import step_line, warnings_of
+from extras.options import flag_of
+from extras.weights import load
 
 GOOD = {"zero_variance": 0.25, "kl": 0.1, "entropy": 0.16, "tool_calls": 60, "logp_error": 4e-5,
         "skipped_updates": 0}
 # a step without an update
 NOTHING = dict.fromkeys(("kl", "entropy", "logp_error", "skipped_updates"))
+ALL_BAD = {"kl": 1.0, "entropy": 0.0, "tool_calls": 0, "logp_error": 1.0, "skipped_updates": 4,
+           "zero_variance": 1.0}
+ALL_NAMES = ["grad", "zero-variance", "KL", "entropy", "tools", "logp"]
 
 
 def names(*steps: dict, **options) -> list[str]:
@@ -28,9 +33,9 @@ def names(*steps: dict, **options) -> list[str]:
 @pytest.mark.parametrize("steps, wanted", [
     ([{}] * 9, []),
     ([{}, {"skipped_updates": 1}], ["grad"]), ([{"skipped_updates": 1}, {}], []),
-    ([{"zero_variance": 1.0}] * 3, ["flat"]), ([{"zero_variance": 1.0}] * 2, []),
+    ([{"zero_variance": 1.0}] * 3, ["zero-variance"]), ([{"zero_variance": 1.0}] * 2, []),
     ([{"zero_variance": 1.0}] * 3 + [{}], []),
-    ([{}, *[{"zero_variance": 1.0, **NOTHING}] * 3], ["flat"]),
+    ([{}, *[{"zero_variance": 1.0, **NOTHING}] * 3], ["zero-variance"]),
     ([{"kl": 0.51}] * 3, ["KL"]), ([{"kl": 3.0}] * 2, []),
     ([{"kl": 3.0}, {"kl": 0.4}, {"kl": 3.0}], []),
     ([{"kl": 0.6}, {"kl": 0.6}, NOTHING, {"kl": 0.6}], ["KL"]), ([*[{"kl": 0.6}] * 3, NOTHING], []),
@@ -40,75 +45,127 @@ def names(*steps: dict, **options) -> list[str]:
     ([{"tool_calls": 0}] * 9, []), ([{}] * 3 + [{"tool_calls": 4}] * 3, []),
     ([{}] * 4 + [{"tool_calls": 2}] * 3, ["tools"]),
     ([{"logp_error": 0.02}], ["logp"]), ([{"logp_error": 0.009}], []),
-    ([{}] * 3 + [{"kl": 1.0, "entropy": 0.0, "tool_calls": 0, "logp_error": 1.0,
-                  "skipped_updates": 4, "zero_variance": 1.0}] * 3,
-     ["grad", "flat", "KL", "entropy", "tools", "logp"])])
+    ([{}] * 3 + [ALL_BAD] * 3, ALL_NAMES)])
 def test_warnings_by_hand(steps, wanted):
     assert names(*steps) == wanted
 
 
 def test_log_probs_in_bfloat16_may_differ_by_more(tmp_path):
-    assert names({"logp_error": 0.2}, logp_limit=record.LOGP_ERROR_BFLOAT16) == []
-    assert names({"logp_error": 0.6}, logp_limit=record.LOGP_ERROR_BFLOAT16) == ["logp"]
-    assert record.Run(Config(out=str(tmp_path / "a"), device="cpu",
-                             dtype="bfloat16")).logp_limit == record.LOGP_ERROR_BFLOAT16
-    assert record.Run(Config(out=str(tmp_path / "b"), device="cuda",
-                             dtype="float32")).logp_limit == record.LOGP_ERROR_FLOAT32
+    in_32, in_16 = metrics.LOGP_ERROR_FLOAT32, metrics.LOGP_ERROR_BFLOAT16
+    assert names({"logp_error": 0.2}, logp_limit=in_16) == []
+    assert names({"logp_error": 0.6}, logp_limit=in_16) == ["logp"]
+    for name, device, dtype, limit in (("a", "cpu", "bfloat16", in_16),
+                                       ("b", "cuda", "float32", in_32)):
+        run = record.Run(Config(out=str(tmp_path / name), device=device, dtype=dtype))
+        assert run.logp_limit == limit
 
 
 def test_every_warning_names_an_option_that_there_is():
-    steps = [GOOD] * 3 + [{**GOOD, "kl": 1.0, "entropy": 0.0, "tool_calls": 0, "logp_error": 1.0,
-                           "skipped_updates": 4,
-                           "zero_variance": 1.0}] * 3
-    for warning in warnings_of(steps):
-        assert warning["option"] in warning["message"]
-        assert any("--" + field.name.replace("_", "-") == warning["option"]
-                   for field in dataclasses.fields(Config))
-    assert len(warnings_of(steps)) == 6 and parse_options([]) == Config()
+    found = warnings_of([GOOD] * 3 + [GOOD | ALL_BAD] * 3)
+    flags = {flag_of(field.name) for field in dataclasses.fields(Config)}
+    for warning in found:
+        assert warning["option"] in warning["message"] and warning["option"] in flags
+    assert [warning["name"] for warning in found] == ALL_NAMES
 
 
-def run_of(tmp_path, *metrics: dict):
-    run = record.Run(Config(out=str(tmp_path / "run")))
-    usual = {"step": 1, "reward_mean": 2.5, "em": 0.5, "problem": 0.5, "groups": 8,
-             "tool_failures": 3, "seconds": 4.2}
-    run.metrics = [{**usual, **GOOD, **m} for m in metrics]
+# --- a step's line --------------------------------------------------------------------------------
+
+
+USUAL = GOOD | {"step": 1, "reward_mean": 2.5, "em": 0.5, "problem": 0.5, "groups": 8,
+                "tool_failures": 0, "seconds": 4.2}
+WORST = {"step": 1400, "kl": 123.456, "entropy": 10.25, "tool_calls": 4000, "seconds": 1234.5}
+
+
+def warned_by(*kinds: str) -> dict:
+    return {"warnings": [{"name": name, "message": "", "option": ""} for name in kinds]}
+
+
+@pytest.mark.parametrize("changes, line", [
+    ({}, "problem 0.50  KL 0.100  tools 60  4.2 s"),
+    ({"tool_failures": 3}, "problem 0.50  tools 60  failed 3  4.2 s"),
+    ({"kl": None, "entropy": None}, "problem 0.50  KL 0.000  tools 60  4.2 s"),
+    ({"query": 0.25, "problem": 0.0}, "query 0.25  KL 0.100  tools 60  4.2 s"),
+    ({"ended": {"answer": 5, "turns": 1, "cut": 2, "length": 0}},
+     "problem 0.50  tools 60  cut 2  turns 1  4.2 s"),
+    (warned_by("KL"), "problem 0.50  KL 0.100  tools 60  4.2 s  ! KL"),
+    (warned_by("KL", "entropy") | {"tool_failures": 3}, "tools 60  failed 3  4.2 s  ! KL entropy")])
+def test_a_step_s_line_by_hand(changes, line):
+    assert step_line(USUAL | changes) == "step    1  reward 2.50  EM 0.50  " + line
+
+
+def test_the_least_important_numbers_of_a_step_s_line_give_way_first():
+    entered = {}        # the columns from which on a number is shown
+    for columns in range(31, 131):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(metrics, "LINE", columns)
+            line = step_line(USUAL)
+        assert len(line) <= columns
+        for name in ("tools", "s", "problem", "KL", "entropy", "zero-variance"):
+            if name in line.split():
+                entered.setdefault(name, columns)
+    assert sorted(entered, key=entered.get) == ["tools", "s", "problem", "KL", "entropy",
+                                                "zero-variance"]
+
+
+def test_the_step_s_line_names_them_and_fits():
+    """80 columns, whatever happens. Step, reward, EM, failed tools, endings other than an answer
+    and warnings never give way."""
+    endings = ({}, {"answer": 3000}, {"cut": 1000}, {"answer": 1, "cut": 1000, "length": 1000,
+                                                     "turns": 1000})
+    warned = [combination for n in range(7) for combination in itertools.combinations(ALL_NAMES, n)]
+    for most in ({}, WORST):
+        for failed, ended, bad in itertools.product((0, 3, 3999), endings, warned):
+            line = step_line(USUAL | most | warned_by(*bad) | {"tool_failures": failed,
+                                                               "ended": ended})
+            first, *more = line.split("\n")
+            assert max(map(len, (first, *more))) <= 80 and len(more) <= 1
+            step = (USUAL | most)["step"]
+            assert first.startswith(f"step {step:4d}  reward 2.50  EM 0.50")
+            assert f"  failed {failed}" in first if failed else "failed" not in first
+            assert all(f"  {why} {n}" in first for why, n in ended.items() if why != "answer")
+            assert "answer" not in first
+            assert line.endswith(f"! {' '.join(bad)}") if bad else "!" not in line
+            assert not more or more[0].strip().startswith("!")
+
+
+def test_warnings_have_a_second_line_where_they_need_more_room():
+    ended = {"tool_failures": 3999, "ended": {"cut": 1000, "length": 1000, "turns": 1000}}
+    assert step_line(USUAL | WORST | ended | warned_by(*ALL_NAMES)).split("\n") == [
+        "step 1400  reward 2.50  EM 0.50  failed 3999  cut 1000  length 1000  turns 1000",
+        "         ! grad zero-variance KL entropy tools logp"]
+
+
+# --- what a run says ------------------------------------------------------------------------------
+
+
+def run_of(folder, *changes: dict):
+    """A run after these steps, at the end of the last one."""
+    run = record.Run(Config(out=str(folder)))
+    run.metrics = [{**USUAL, **step} for step in changes]
     return run
 
 
-def test_the_step_s_line_names_them_and_fits(tmp_path):
-    worst = {"step": 1400, "kl": 123.456, "entropy": 10.25, "tool_calls": 4000,
-             "tool_failures": 3999, "seconds": 1234.5}
-    named = [{"name": name, "message": "", "option": ""}
-             for name in ("grad", "flat", "KL", "entropy", "tools", "logp")]
-    run = run_of(tmp_path, {**worst, "warnings": named}, {"zero_variance": 0.25},
-                 {"zero_variance": 0.0},
-                 {"warnings": [named[2]]})
-    lines = []
-    for n in range(4):
-        run.metrics, kept = run.metrics[:n + 1], run.metrics
-        lines.append(run.step_line())
-        run.metrics = kept
-    assert lines[0].endswith("! grad flat KL entropy tools logp") and max(map(len, lines)) <= 100
-    assert lines[1].endswith("2 flat") and "flat" not in lines[2] and lines[3].endswith("! KL")
-
-
-def test_a_warning_is_said_in_full_once_and_counted(tmp_path):
+def test_a_warning_is_said_in_full_once_and_counted(tmp_path, capsys):
     kl = {"warnings": [{"name": "KL", "message": "away. Raise --beta", "option": "--beta"}]}
-    run = run_of(tmp_path, {}, kl)
-    assert run.news() == ["! KL: away. Raise --beta"]
+    run_of(tmp_path / "a", {}, kl).say_step()
+    line, told = capsys.readouterr().out.splitlines()
+    assert line.endswith("  ! KL") and told == "! KL: away. Raise --beta"
     run = run_of(tmp_path / "b", {}, kl, kl)
-    assert (run.news() == [] and run.warned() == {"KL": 2}
-            and "warnings: KL in 2 steps" in run.last_words())
+    run.say_step()
+    line, = capsys.readouterr().out.splitlines()
+    assert line.endswith("  ! KL") and run.warned() == {"KL": 2}
+    run.say_scores()
+    assert "warnings: KL in 2 steps" in capsys.readouterr().out
 
 
 SHORT = ["--steps", "1", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32",
-         "--eval-samples", "1",
-         "--max-turns", "1", "--flat-groups", "keep"]
+         "--eval-samples", "1", "--eval-sampled", "off", "--max-turns", "1", "--zero-variance",
+         "keep"]
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_and_is_named(tmp_path, monkeypatch,
-        capsys, broken):
+                                                                            capsys, broken):
     true = grpo.policy_loss
 
     def infinite(*arguments, **more):
@@ -118,12 +175,12 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_and_is_named(tmp_
     out = tmp_path / "run"
     assert main([*SHORT, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert ("! grad" in said and "4 updates were left out" in said and "Lower --lr" in said
-            and "warnings: grad in 1 steps" in said)
+    for words in ("! grad", "4 updates were skipped", "Lower --lr", "warnings: grad in 1 steps"):
+        assert words in said
     step, = resume.read_lines(out / "metrics.jsonl")
-    assert (step["skipped_updates"] == 4 and step["loss"] is None
-            and step["warnings"][0]["name"] == "grad")
+    assert step["skipped_updates"] == 4 and step["loss"] is None
+    assert step["warnings"][0]["name"] == "grad"
     assert json.loads((out / "summary.json").read_text())["warnings"] == {"grad": 1}
-    start, end = (arft.load(str(p)).model.state_dict()
-                  for p in (ROOT / "data" / "tiny", out / "model"))
+    start, end = (load(str(folder)).model.state_dict()
+                  for folder in (ROOT / "data" / "tiny", out / "model"))
     assert all(torch.equal(start[k], end[k]) for k in start)

@@ -354,7 +354,7 @@ MUTANTS = [
     Mutant("zero_variance_groups_kept",
            "groups that teach nothing dilute the update although they are to be dropped", "grpo.py",
            'if settings.zero_variance == "keep":', 'if settings.zero_variance != "keep":',
-           ("test_arft.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
+           ("test_grpo.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
     Mutant("resume_forgets_the_generator", "a resumed run samples other episodes",
            "extras/resume.py",
            'run.generator.set_state(state["random"]["generator"])', "pass",

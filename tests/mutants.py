@@ -286,8 +286,7 @@ MUTANTS = [
     Mutant("micro_batches_weigh_alike",
            "the gradient is averaged over rows where the loss averages over tokens",
            "grpo.py",
-           "weight = share if config.loss_type in TOKEN_MEANS else len(part) / len(episodes)",
-           "weight = len(part) / len(episodes)",
+           "(loss * weight).backward()", "(loss * len(part) / len(episodes)).backward()",
            ("test_grpo.py::test_micro_batches_change_nothing",)),
     # the update
     Mutant("off_by_one", "each token is scored by its own hidden state, not by the one before it",

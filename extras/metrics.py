@@ -16,7 +16,8 @@ from rollout import Episode
 from tools import SearchError
 
 LINE = 80               # columns of a step's line on the screen
-ENDINGS = ("answer", "cut", "turns", "length")      # what Episode.ended may be
+# What Episode.ended may be, and what a step's line says of it.
+ENDINGS = {"answer": "", "cut": "cut off", "turns": "out of turns", "length": "too long"}
 
 
 def rounded(value, digits: int = 6):
@@ -90,11 +91,11 @@ def step_line(m: dict) -> str:
     """A step's line on the screen, in at most LINE columns.
 
     The least important numbers give way first. Step, reward, EM, failed tools, endings other than
-    an answer and warnings never do; warnings that do not fit make a second line.
+    an answer and warnings never do; those that do not fit begin another line.
     """
     always = 9
     part = "query" if "query" in m else "problem"
-    ended = [f"  {why} {n}" for why, n in sorted(m.get("ended", {}).items())
+    ended = [f"  {ENDINGS[why]} {n}" for why, n in m.get("ended", {}).items()
              if n and why != "answer"]
     equal = round(m["zero_variance"] * m["groups"])
     warned = [w["name"] for w in m.get("warnings", ())]
@@ -102,15 +103,17 @@ def step_line(m: dict) -> str:
              (4, f"  {part} {m[part]:.2f}"), (3, f"  KL {m['kl'] or 0:.3f}"),
              (2, f"  entropy {m['entropy'] or 0:.2f}"), (6, f"  tools {m['tool_calls']}"),
              (always, f"  failed {m['tool_failures']}" if m["tool_failures"] else ""),
-             (always, "".join(ended)),
-             (1, f"  zero-variance {equal}" if equal else ""), (5, f"  {m['seconds']:.1f} s")]
-    warning = f"  ! {' '.join(warned)}" if warned else ""
-    while len(line := "".join(text for _, text in parts)) + len(warning) > LINE:
-        least = min(parts)
-        if least[0] == always:
-            return line + (f"\n         {warning.strip()}" if warning else "")
-        parts.remove(least)
-    return line + warning
+             *((always, text) for text in ended),
+             (1, f"  zero-variance {equal}" if equal else ""), (5, f"  {m['seconds']:.1f} s"),
+             (always, f"  ! {' '.join(warned)}" if warned else "")]
+    while sum(len(text) for _, text in parts) > LINE and min(parts)[0] < always:
+        parts.remove(min(parts))
+    lines = [""]
+    for _, text in parts:
+        if len(lines[-1] + text) > LINE:
+            lines.append(" " * 7)
+        lines[-1] += text
+    return "\n".join(lines)
 
 
 def zero_loss_note(config, m: dict) -> str | None:

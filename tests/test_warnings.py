@@ -85,8 +85,10 @@ def warned_by(*kinds: str) -> dict:
     ({"tool_failures": 3}, "problem 0.50  tools 60  failed 3  4.2 s"),
     ({"kl": None, "entropy": None}, "problem 0.50  KL 0.000  tools 60  4.2 s"),
     ({"query": 0.25, "problem": 0.0}, "query 0.25  KL 0.100  tools 60  4.2 s"),
-    ({"ended": {"answer": 5, "turns": 1, "cut": 2, "length": 0}},
-     "problem 0.50  tools 60  cut 2  turns 1  4.2 s"),
+    ({"ended": {"answer": 5, "cut": 2, "turns": 1, "length": 0}},
+     "tools 60  cut off 2  out of turns 1  4.2 s"),
+    ({"ended": {"answer": 5, "cut": 0, "turns": 0, "length": 1}},
+     "problem 0.50  tools 60  too long 1  4.2 s"),
     (warned_by("KL"), "problem 0.50  KL 0.100  tools 60  4.2 s  ! KL"),
     (warned_by("KL", "entropy") | {"tool_failures": 3}, "tools 60  failed 3  4.2 s  ! KL entropy")])
 def test_a_step_s_line_by_hand(changes, line):
@@ -118,20 +120,26 @@ def test_the_step_s_line_names_them_and_fits():
             line = step_line(USUAL | most | warned_by(*bad) | {"tool_failures": failed,
                                                                "ended": ended})
             first, *more = line.split("\n")
-            assert max(map(len, (first, *more))) <= 80 and len(more) <= 1
+            assert max(map(len, (first, *more))) <= 80
             step = (USUAL | most)["step"]
             assert first.startswith(f"step {step:4d}  reward 2.50  EM 0.50")
-            assert f"  failed {failed}" in first if failed else "failed" not in first
-            assert all(f"  {why} {n}" in first for why, n in ended.items() if why != "answer")
-            assert "answer" not in first
-            assert line.endswith(f"! {' '.join(bad)}") if bad else "!" not in line
-            assert not more or more[0].strip().startswith("!")
+            said = [f"failed {failed}"] if failed else []
+            said += [f"{metrics.ENDINGS[why]} {n}" for why, n in ended.items() if why != "answer"]
+            said += [f"! {' '.join(bad)}"] if bad else []
+            where = [line.find(f"  {words}") for words in said]
+            assert -1 not in where and where == sorted(where)
+            others = ("failed", "cut off", "out of turns", "too long", "!")
+            assert sum(word in line for word in others) == len(said)
+            assert bool(more) == (31 + sum(len(f"  {words}") for words in said) > 80)
 
 
-def test_warnings_have_a_second_line_where_they_need_more_room():
-    ended = {"tool_failures": 3999, "ended": {"cut": 1000, "length": 1000, "turns": 1000}}
-    assert step_line(USUAL | WORST | ended | warned_by(*ALL_NAMES)).split("\n") == [
-        "step 1400  reward 2.50  EM 0.50  failed 3999  cut 1000  length 1000  turns 1000",
+def test_what_never_gives_way_has_further_lines_where_it_needs_more_room():
+    full = {"tool_failures": 12, "ended": {"cut": 10, "turns": 2, "length": 3}}
+    assert step_line(USUAL | full | warned_by("KL", "entropy")).split("\n") == [
+        "step    1  reward 2.50  EM 0.50  failed 12  cut off 10  out of turns 2",
+        "         too long 3  ! KL entropy"]
+    assert step_line(USUAL | {"tool_failures": 3} | warned_by(*ALL_NAMES)).split("\n") == [
+        "step    1  reward 2.50  EM 0.50  failed 3",
         "         ! grad zero-variance KL entropy tools logp"]
 
 

@@ -1,10 +1,10 @@
-"""How long a search of a large corpus takes. Run by hand:
+"""Measures how long a search of a large corpus takes.
 
-    python tests/measure/bench_search.py --passages 1000000 --folder DIR     # DIR keeps the corpus and its index
+    python tests/measure/bench_search.py --passages 1000000 --folder DIR
 
-The corpus is generated: passages of 60 words whose frequencies fall as in language (Zipf's law,
-200,000 words). A query is a handful of words of one passage, common and rare as they come; the
-worst kind asks for common words only.
+DIR keeps the corpus and its index. The corpus is generated: passages of 60 words, whose frequencies
+fall as in language (Zipf's law, 200,000 words). The words of a query are drawn by the same law,
+common and rare as they come; the worst kind of query has common words alone.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tools import Corpus
+from extras.search import Corpus
 
 WORDS, LENGTH = 200_000, 60
 
@@ -29,11 +29,11 @@ def generate(path: Path, count: int) -> None:
     chance = np.cumsum(1 / np.arange(1, WORDS + 1))
     with open(path, "w") as file:
         for start in tqdm(range(0, count, 10_000), desc="generating", leave=False):
-            ids = np.searchsorted(chance / chance[-1],
-                                  rng.random((min(10_000, count - start), LENGTH)))
-            file.writelines(json.dumps({"id": str(start + i), "title": " ".join(words[row[:2]]),
-                                        "text": " ".join(words[row])}) + "\n" for i,
-                            row in enumerate(ids))
+            drawn = rng.random((min(10_000, count - start), LENGTH))
+            for i, row in enumerate(np.searchsorted(chance / chance[-1], drawn)):
+                passage = {"id": str(start + i), "title": " ".join(words[row[:2]]),
+                           "text": " ".join(words[row])}
+                file.write(json.dumps(passage) + "\n")
 
 
 def measure(corpus: Corpus, queries: list[str]) -> np.ndarray:
@@ -58,22 +58,20 @@ def main():
         generate(path, options.passages)
     start = time.perf_counter()
     corpus = Corpus(path)
-    print(
-        f"{corpus.size:,} passages; index opened or built in {time.perf_counter() - start:.1f} s; "
+    seconds = time.perf_counter() - start
+    print(f"{corpus.size:,} passages; index opened or built in {seconds:.1f} s; "
           f"{corpus.index.stat().st_size / 1e6:.0f} MB for {path.stat().st_size / 1e6:.0f} MB")
     rng = np.random.default_rng(1)
     chance = np.cumsum(1 / np.arange(1, WORDS + 1))
 
-    def drawn(count: int, most: int = WORDS) -> str:
-        return " ".join(f"w{i}" for i in np.searchsorted(chance[:most] / chance[most - 1],
-                                                         rng.random(count)))
+    def draw(count: int, most: int = WORDS) -> str:
+        """A query of `count` words from the `most` most frequent ones."""
+        places = np.searchsorted(chance[:most] / chance[most - 1], rng.random(count))
+        return " ".join(f"w{i}" for i in places)
+    kinds = {"1": (1,), "3": (3,), "8": (8,), "8 of the 300 most frequent": (8, 300)}
     print(f"{'words of the query':34}{'median ms':>10}{'95% ms':>8}{'most ms':>9}")
-    for name, queries in {
-            "1": [drawn(1) for _ in range(options.queries)],
-            "3": [drawn(3) for _ in range(options.queries)],
-            "8": [drawn(8) for _ in range(options.queries)],
-            "8 of the 300 most frequent": [drawn(8, 300) for _ in range(options.queries)]}.items():
-        times = measure(corpus, queries)
+    for name, kind in kinds.items():
+        times = measure(corpus, [draw(*kind) for _ in range(options.queries)])
         print(f"{name:34}{np.median(times):10.1f}{np.percentile(times, 95):8.1f}{times.max():9.1f}")
 
 

@@ -1,21 +1,21 @@
 """Mutants: named bugs, each a small change of the source, and the tests that must notice them.
 
-    python tests/mutants.py                           all of them, one after the other, and the table
-    python tests/mutants.py --only clip --jobs 2      those with "clip" in their name, two at a time
-    python tests/mutants.py --curves FOLDER --steps 25    trains six of them and draws their curves without names
+    python tests/mutants.py                         all of them, one after the other, and the table
+    python tests/mutants.py --only clip --jobs 2    those with "clip" in their name, two at a time
+    python tests/mutants.py --curves FOLDER         trains six of them, draws curves without names
 
 What it teaches: a test is worth what it notices. Bugs of this kind are easily made, and most of
-them raise nothing: the run goes on, the curves look plausible, the model learns less or something
-else. Each is applied to a copy of the repository, where the tests named beside it run; one of them
-must fail. The copy as it is comes first: there they must all pass, or "a test failed" would mean
-nothing.
+them raise nothing: the run continues, the curves look plausible, the model learns less or something
+else. This program applies each mutant to a copy of the repository and runs the tests that the
+mutant names there; one of them must fail. Before that, all these tests run on an unchanged copy,
+where they must pass: otherwise "a test failed" would mean nothing.
 
-A text that is not found exactly once is an error that names its mutant, so that this list cannot
-drift away from the code (tests/test_mutants.py checks that in every run of the tests, and mutates
-nothing).
+If a mutant's old text does not occur exactly once, an error names the mutant, so that this list
+cannot drift away from the code. tests/test_mutants.py checks that in every run of the tests and
+mutates nothing.
 
-Read next: mutants.md, which makes an assignment of it. Left out: mutants made by a program (flipped
-signs everywhere).
+mutants.md makes assignments of the list. Left out: mutants made by a program (flipped signs
+everywhere).
 """
 
 import argparse
@@ -36,17 +36,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 300           # for the tests of one mutant; one that hangs is reported, not counted
+SECONDS = 300           # for one mutant's tests; a mutant that hangs is reported, not counted
 
 
 @dataclass(frozen=True)
 class Mutant:
+    """One bug, and the tests that must notice it."""
     name: str
-    says: str           # what a student would say that the bug is
-    file: str           # from the repository's root
-    old: str            # stands there exactly once
-    new: str
-    tests: tuple[str, ...]      # "test_x.py::test_y": where one of them must fail
+    says: str                   # what a student would say that the bug is
+    file: str                   # from the repository's root
+    old: str                    # is in the file exactly once
+    new: str                    # replaces it
+    tests: tuple[str, ...]      # "test_x.py::test_y"; one of them must fail
 
 
 class MutantError(ValueError):
@@ -91,8 +92,8 @@ MUTANTS = [
     Mutant("decoded_by_the_trainer", "the picture is decoded where the model is, not in the jail",
            "extras/worker.py",
            "    if file.read(len(start)) != start:\n",
-           "    import io\n"
            "    with suppress(Exception):\n"
+           "        import io\n"
            '        return Image.open(io.BytesIO(file.read())).convert("RGB"), None\n'
            "    if file.read(len(start)) != start:\n",
            ("test_tools.py::test_a_program_that_says_itself_that_it_is_done_has_ended_itself",)),
@@ -100,7 +101,7 @@ MUTANTS = [
            "if image.width * image.height > PIXELS or max(image.size) > SIDE:", "if False:",
            ("test_tools.py::test_a_hostile_image_is_an_error",)),
     Mutant("equal_programs_lose_their_place",
-           "equal programs run once, and the results lose their order", "tools.py",
+           "equal programs run once, and the results lose their order", "extras/worker.py",
            "return [done[job] for job in work]", "return [done[job] for job in unique]",
            ("test_tools.py::test_map_keeps_the_order_and_runs_equal_jobs_once",)),
     # search
@@ -199,37 +200,38 @@ MUTANTS = [
            ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
     Mutant("end_of_turn_masked", "to end a turn is not trained", "rollout.py",
            "    episode.append(ids, mask=1, logp=logp)\n",
-           "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n    episode.append(ids[-1:], "
-           "mask=0)\n",
+           "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n"
+           "    episode.append(ids[-1:], mask=0)\n",
            ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
     Mutant("positions_restart", "after each observation the positions start at 0 again",
-           "rollout.py",
-           "where = [policy.positions(e.ids, e.images)[:, -len(pieces[i][0]):] for i, e in "
-           "zip(kept, live)]",
-           "where = [policy.positions(pieces[i][0], pieces[i][1]) for i in kept]",
+           "extras/engine.py",
+           "policy.positions(episode.ids, episode.images)[:, start:]\n"
+           "                     for episode, start in zip(episodes, known)]",
+           "policy.positions(piece, row) for piece, row in zip(pieces, images)]",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
-    Mutant("last_id_not_in_the_cache", "the end-of-turn id is never fed to the cache", "rollout.py",
-           "pieces.append(([episode.ids[-1], *ids], images))", "pieces.append((ids, images))",
+    Mutant("last_id_not_in_the_cache",
+           "the cache is thought to hold the end-of-turn token already, so it never gets it",
+           "extras/engine.py",
+           "zip(self.order, self.length.tolist())", "zip(self.order, (self.length + 1).tolist())",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("rows_swapped_in_the_group_repeat",
-           "a group's episodes go on from another sample's cache", "rollout.py",
-           "[place for place in range(len(self.order)) for _ in range(times)]",
-           "[place for _ in range(times) for place in range(len(self.order))]",
+           "a group's episodes continue from another sample's cache", "extras/engine.py",
+           "[place for place in range(self.count) for _ in range(times)]",
+           "[place for _ in range(times) for place in range(self.count)]",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("old_slots_are_seen", "each row of the cache is seen as far as the longest one reaches",
-           "rollout.py",
+           "extras/engine.py",
            "<= slots[..., None])[:, None]",
            "<= slots.amax(0).expand_as(slots)[..., None])[:, None]",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("log_prob_before_temperature", "sampled at the temperature, recorded at 1", "rollout.py",
            "return ids, log_probs.gather(1, ids[:, None])[:, 0]",
-           "return ids, torch.log_softmax(log_probs * (temperature or 1.0), 1).gather(1, ids[:, "
-           "None])[:, 0]",
+           "at_one = torch.log_softmax(log_probs * (temperature or 1.0), 1)\n"
+           "    return ids, at_one.gather(1, ids[:, None])[:, 0]",
            ("test_rollout.py::test_samples_follow_the_distribution",)),
     Mutant("programs_get_the_first_image",
            "a second program works on the sample's image, not on the repaired one",
-           "rollout.py", "jobs = [(e.turns[-1].action.value, e.view) for e in coders]",
-           "jobs = [(e.turns[-1].action.value, e.sample.open_image()) for e in coders]",
+           "rollout.py", "views = [e.view for e in", "views = [e.sample.open_image() for e in",
            ("test_rollout.py::test_a_second_program_works_on_the_first_ones_image",)),
     Mutant("answers_of_cut_turns_count", "an answer counts although its turn was cut off",
            "rollout.py",
@@ -245,7 +247,7 @@ MUTANTS = [
            "rewards are compared with the batch's mean, not with their group's", "grpo.py",
            "groups - groups.mean(dim=1, keepdim=True)", "groups - groups.mean()",
            ("test_grpo.py::test_advantages_belong_to_their_own_group",)),
-    Mutant("flat_group_divided_by_zero",
+    Mutant("zero_variance_divided_by_zero",
            "a group of equal rewards is divided by its deviation, zero", "grpo.py",
            "centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)",
            "return (centred / groups.std(dim=1, keepdim=True)).view(-1)",
@@ -278,17 +280,18 @@ MUTANTS = [
            ("test_grpo.py::test_what_stands_off_the_mask_never_counts",)),
     Mutant("mean_over_rows_for_tokens", "dapo averages over each sequence first, as grpo does",
            "grpo.py",
-           "    if loss_type in TOKEN_MEANS:\n        return per_token.sum() / "
-           "mask.sum().clamp(min=1)\n", "",
+           "    if loss_type in TOKEN_MEANS:\n"
+           "        return per_token.sum() / mask.sum().clamp(min=1)\n", "",
            ("test_grpo.py::test_loss_and_gradient_equal_the_slow_version",)),
     Mutant("micro_batches_weigh_alike",
            "the gradient is averaged over rows where the loss averages over tokens",
-           "grpo.py", "by_tokens if config.loss_type in TOKEN_MEANS else ", "",
+           "grpo.py",
+           "(loss * weight).backward()", "(loss * len(part) / len(episodes)).backward()",
            ("test_grpo.py::test_micro_batches_change_nothing",)),
     # the update
-    Mutant("off_by_one", "each id is scored by its own hidden state, not by the one before it",
-           "extras/tree.py",
-           "rows * ids.shape[1] + columns - 1\n", "rows * ids.shape[1] + columns\n",
+    Mutant("off_by_one", "each token is scored by its own hidden state, not by the one before it",
+           "rollout.py",
+           "rows * ids.shape[1] + columns - 1 ", "rows * ids.shape[1] + columns ",
            ("test_rollout.py::test_sampled_and_scored_log_probs_agree",)),
     Mutant("branches_see_each_other", "in a packed tree an episode sees those packed before it",
            "extras/tree.py",
@@ -317,55 +320,55 @@ MUTANTS = [
            ("test_lora.py::test_at_the_papers_learning_rate_bfloat16_rounds_every_update_away",)),
     Mutant("advantages_of_other_episodes", "a minibatch's episodes get the advantages of others",
            "grpo.py",
-           "[episodes[i] for i in rows], advantages[rows],",
-           "[episodes[i] for i in rows], advantages[:len(rows)],",
+           "[episodes[i] for i in part], advantages[part],",
+           "[episodes[i] for i in part], advantages[:len(part)],",
            ("test_grpo.py::test_minibatches_share_the_gradient_of_the_whole",)),
     Mutant("gradient_not_cleared", "each minibatch's gradient is added to the one before",
            "grpo.py",
-           "            optimizer.zero_grad(set_to_none=True)\n", "            pass\n",
+           "            optimizer.adamw.zero_grad(set_to_none=True)\n", "            pass\n",
            ("test_grpo.py::test_minibatches_share_the_gradient_of_the_whole",)),
     Mutant("gradient_not_clipped", "--max-grad-norm does nothing", "grpo.py",
-           "policy.model.parameters(), config.max_grad_norm)",
-           'policy.model.parameters(), float("inf"))',
+           "clip_grad_norm_(self.weights, self.max_norm)",
+           'clip_grad_norm_(self.weights, float("inf"))',
            ("test_grpo.py::test_a_long_gradient_is_scaled_down_and_recorded_as_it_was",)),
     Mutant("nan_is_trained_on", "an update whose gradient is not finite is carried out", "grpo.py",
-           'finite = bool(torch.isfinite(norm)) and math.isfinite(part["loss"])', "finite = True",
+           'if not math.isfinite(norm + stats["loss"]):', "if False:",
            ("test_grpo.py::test_a_gradient_that_is_not_finite_is_skipped_and_counted",)),
     # the program
     Mutant("rate_never_falls", "the learning rate stays where the warm-up left it", "arft.py",
-           'return warm * (1 - self.steps / self.config.steps if self.config.lr_schedule == '
-           '"linear" else 1.0)',
-           "return warm",
+           'warm * (1 - step / config.steps if config.lr_schedule == "linear" else 1.0)', "warm",
            ("test_arft.py::test_the_learning_rate_by_hand",)),
     Mutant("rate_ten_times_too_high", "the learning rate is ten times what was asked for",
            "arft.py",
-           'group["lr"] = config.lr * self.rate()', 'group["lr"] = 10 * config.lr * self.rate()',
+           "set_lr(learning_rate(config, step))", "set_lr(10 * learning_rate(config, step))",
            ("test_arft.py::test_training_changes_the_weights_and_evaluation_does_not",)),
     Mutant("trained_tower_is_not_asked_again",
-           "with --vision trained the features of the step's start are kept: no "
-           "gradient reaches the tower", "arft.py",
-           'policy.keep_features = self.config.vision == "frozen"', "policy.keep_features = True",
+           "with --vision trained the features of the step's start are kept, so that no gradient "
+           "reaches the tower", "arft.py",
+           "        policy.keep_features = True ", "    policy.keep_features = True ",
            ("test_grpo.py::test_a_frozen_tower_sees_each_image_once_a_step",)),
     Mutant("greedy_evaluation_samples", "the greedy evaluation is sampled, too", "arft.py",
-           "dataclasses.replace(config.limits, temperature=temperature)", "config.limits",
+           "limits = replace(config, temperature=evaluation.temperature)", "limits = config",
            ("test_arft.py::test_evaluation_is_greedy_and_sampled_at_temperature_one",)),
-    Mutant("flat_groups_kept",
-           "groups that teach nothing dilute the update although they are to be dropped", "arft.py",
-           'if config.flat_groups == "keep":', 'if config.flat_groups != "keep":',
-           ("test_arft.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
-    Mutant("resume_forgets_the_generator", "a resumed run samples other episodes", "arft.py",
-           'self.generator.set_state(state["random"]["generator"])', "pass",
+    Mutant("zero_variance_groups_kept",
+           "groups that teach nothing dilute the update although they are to be dropped", "grpo.py",
+           'if settings.zero_variance == "keep":', 'if settings.zero_variance != "keep":',
+           ("test_grpo.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
+    Mutant("resume_forgets_the_generator", "a resumed run samples other episodes",
+           "extras/resume.py",
+           'run.generator.set_state(state["random"]["generator"])', "pass",
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
-    Mutant("resume_forgets_the_place_in_the_data", "a resumed run begins the data anew", "arft.py",
-           "islice(self.order, self.steps * self.config.samples_per_step)", "islice(self.order, 0)",
+    Mutant("resume_forgets_the_place_in_the_data", "a resumed run begins the data anew",
+           "extras/record.py", "enumerate(batches)", "enumerate(batches, first)",
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
-    Mutant("resume_forgets_the_optimiser", "a resumed run has AdamW without its past", "arft.py",
-           "self.optimizer.load_state_dict(learned)", "pass",
+    Mutant("resume_forgets_the_optimiser", "a resumed run has AdamW without its past",
+           "extras/resume.py",
+           'optimizer.adamw.load_state_dict(state["optimizer"])', "pass",
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
 ]
 
+# Those whose curves differ with the embedded checkpoint.
 CURVES = ("wrong_sign", "reference_is_updated", "fence_left_in_the_program", "any_answer_is_paid",
-          # whose curves differ on the embedded run
           "rate_ten_times_too_high", "advantages_of_other_episodes")
 
 
@@ -373,25 +376,25 @@ CURVES = ("wrong_sign", "reference_is_updated", "fence_left_in_the_program", "an
 
 
 def changed(mutant: Mutant, root: Path = ROOT) -> str:
-    """The text of the mutant's file with its bug. Raises MutantError if the
-    old text is not there exactly once."""
+    """The text of the mutant's file with its bug.
+
+    Raises MutantError if the old text is not there exactly once.
+    """
     text = (root / mutant.file).read_text(encoding="utf-8")
     if (count := text.count(mutant.old)) != 1:
-        raise MutantError(
-            f"mutant {mutant.name}: its old text stands {count} times in {mutant.file}, not once; "
-            f"the "
-                          f"code has changed, so change `old` in tests/mutants.py:\n{mutant.old}")
+        raise MutantError(f"mutant {mutant.name}: its old text stands {count} times in "
+                          f"{mutant.file}, not once. The code has changed, so change `old` in "
+                          f"tests/mutants.py:\n{mutant.old}")
     return text.replace(mutant.old, mutant.new)
 
 
 def copy_of(root: Path, folder: Path) -> Path:
-    """The repository's files, as they are, without what git ignores, in a
-    folder of their own; MAT-mini as a link."""
+    """Copies the repository's files, without what git ignores, into `folder`; MAT-mini as a link.
+    """
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                            cwd=root,
-                            capture_output=True, text=True)
+                            cwd=root, capture_output=True, text=True)
     names = listed.stdout.rstrip("\0").split("\0")
-    if listed.returncode or names == [""]:      # no checkout of git
+    if listed.returncode or names == [""]:      # this is no checkout of git
         names = [str(path.relative_to(root)) for path in root.rglob("*")
                  if not {"runs", "cache", "__pycache__"} & {*path.relative_to(root).parts}]
     for name in names:
@@ -404,23 +407,28 @@ def copy_of(root: Path, folder: Path) -> Path:
 
 
 def warm() -> None:
-    """Imports what takes long and is not of this repository; a process that
-    is forked from this one has it at once."""
+    """Imports what takes long and is not of this repository.
+
+    A process that is forked from this one then has it already.
+    """
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.dont_write_bytecode = True      # two versions of a file within a second may look the same
     import pytest                                                           # noqa: F401
     import torch
     from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration   # noqa: F401
-    # One thread, whatever conftest.py asks for: on a busy machine two wait for each other,
-    # spinning. (Not by OMP_THREAD_LIMIT: torch then counts on threads that it does not get, and its
-    # sums are wrong.)
+    # One thread, whatever a test's program asks for: on a busy machine two wait for each other,
+    # spinning. (OMP_THREAD_LIMIT is no way to say so: torch then counts on threads that it does not
+    # get, and its sums are wrong.)
     torch.set_num_threads(1)
     torch.set_num_threads = lambda threads: None
 
 
 def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:
-    """Runs tests on a copy with the bug, or without any: ("passed" | "killed" | "error", the first
-    test that failed or what went wrong). In a process of its own: it imports the copy's modules."""
+    """Runs tests on a copy with the bug, or without any.
+
+    Returns "passed" | "killed" | "error", and the first test that failed or what went wrong. Call
+    it in a process of its own, because it imports the copy's modules.
+    """
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
         copy = copy_of(ROOT, Path(home))
         if mutant:
@@ -429,10 +437,11 @@ def attempt(mutant: Mutant | None, tests) -> tuple[str, str]:
 
 
 def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
+    """Runs tests in this process, on the copy. Returns what `attempt` returns."""
     import pytest
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
     os.chdir(copy)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)       # KeyboardInterrupt: pytest ends
+    signal.signal(signal.SIGALRM, signal.default_int_handler)       # pytest ends as at Ctrl-C
     signal.alarm(int(seconds))
     with contextlib.redirect_stdout(io.StringIO()) as said:
         code = pytest.main(["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider",
@@ -444,22 +453,23 @@ def run_tests(copy: Path, tests, seconds: float) -> tuple[str, str]:
         return "killed", failed[1]
     if code == 2:
         return "error", f"a file cannot be imported, or no end within {seconds} s"
-    # nothing collected, an error in a fixture, ...
-    return "error", " ".join(said.getvalue().split())[-300:]
+    return "error", " ".join(said.getvalue().split())[-300:]    # no tests, an error in a fixture
 
 
 def chosen(part: str) -> list[Mutant]:
-    """Those with `part` in their name, or of the file `part`."""
+    """The mutants that have `part` in their name or change the file `part`."""
     found = [mutant for mutant in MUTANTS if part in mutant.name or part == mutant.file]
     if not found:
-        raise MutantError(
-            f"--only {part}: no mutant has this in its name or is of this file; there are "
-                          f"{', '.join(mutant.name for mutant in MUTANTS)}")
+        raise MutantError(f"--only {part}: no mutant has this in its name or changes this file. "
+                          f"There are {', '.join(mutant.name for mutant in MUTANTS)}")
     return found
 
 
 def hunt(mutants: list[Mutant], jobs: int) -> int:
-    """Runs the sound copy, then every mutant; prints the table. 0 if all were killed, else 1."""
+    """Runs the unchanged copy, then every mutant, and prints the table.
+
+    Returns 0 if all were killed, else 1.
+    """
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     for mutant in mutants:
         changed(mutant)
@@ -491,14 +501,12 @@ WIDE, HIGH, LEFT, TOP = 150, 84, 76, 40     # one panel; the margins of the pict
 
 
 def panel_order() -> list[str]:
-    """The mutants of panels A to F: an order that does not follow from the
-    list above at first sight."""
+    """The mutants of panels A to F, in an order that the list above does not give away."""
     return sorted(CURVES, key=lambda name: hashlib.sha1(name.encode()).hexdigest())
 
 
 def train_curves(folder: Path, steps: int, more: list[str]) -> None:
-    """One short run of the sound code and of each mutant, one at a time; a
-    finished run is not made again."""
+    """One short run of the sound code and of each mutant. Skips runs that are finished."""
     for name in ("sound", *panel_order()):
         if (folder / name / "summary.json").exists():
             continue
@@ -508,22 +516,24 @@ def train_curves(folder: Path, steps: int, more: list[str]) -> None:
                 mutant, = (mutant for mutant in MUTANTS if mutant.name == name)
                 (copy / mutant.file).write_text(changed(mutant, copy), encoding="utf-8")
             command = [sys.executable, "arft.py", "--task", "mat-coding", "--steps", str(steps),
-                       "--samples-per-step",
-                       "4", "--eval-samples", "20", *more, "--out", str((folder / name).resolve())]
+                       "--samples-per-step", "4", "--eval-samples", "20", *more,
+                       "--out", str((folder / name).resolve())]
             print(f"{name}: {' '.join(command[1:])}", flush=True)
             subprocess.run(command, cwd=copy, check=True)
 
 
 def smooth(values: list[float], width: int = 3) -> list[float]:
-    """The median of a window of `width` steps round each step: a single
-    step's KL may be ten times its neighbours'."""
+    """The median of the `width` steps around each step: the KL of a single step may be ten times
+    its neighbours'."""
     half = width // 2
     return [statistics.median(values[max(0, i - half):i + half + 1]) for i in range(len(values))]
 
 
 def curve(values: list[float], top: float, left: float, y: float, colour: str, width: float) -> str:
-    """One polyline in the panel whose upper left corner is (left, y); what
-    is above the axis is drawn at its top."""
+    """One polyline in the panel whose upper left corner is (left, y).
+
+    What is above the axis is drawn at its top.
+    """
     across = WIDE / max(1, len(values) - 1)
     points = " ".join(f"{left + across * i:.1f},{y + HIGH * (1 - min(value / top, 1)):.1f}"
                       for i, value in enumerate(values))
@@ -531,16 +541,16 @@ def curve(values: list[float], top: float, left: float, y: float, colour: str, w
 
 
 def draw_curves(folder: Path) -> str:
-    """SVG: a column for each mutant, A to F, a row for each number; grey:
-    the sound code, the same samples."""
+    """SVG: a column for each mutant, A to F, a row for each number. Grey is the sound code on the
+    same samples."""
     runs = {name: [json.loads(line)
                    for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             for name in ("sound", *panel_order())}
     shapes = []
     for row, (title, (value, top)) in enumerate(PANELS.items()):
         lines = {name: smooth([value(step) for step in run]) for name, run in runs.items()}
-        # one run that explodes must not flatten the others: the axis ends at three times the sound
-        # run's largest value
+        # One run that explodes must not flatten the others: the axis ends at three times the
+        # largest value of the sound run.
         top = top or max(3 * max(lines["sound"]), 1e-6)
         y = TOP + row * (HIGH + 22)
         shapes.append(f'<text x="8" y="{y + HIGH / 2}">{title}</text>')
@@ -551,34 +561,33 @@ def draw_curves(folder: Path) -> str:
                        curve(lines["sound"], top, left, y, "#999", 1),
                        curve(lines[name], top, left, y, "#d55e00", 2)]
             if row == 0:
-                shapes.append(
-                    f'<text x="{left + WIDE / 2}" y="{TOP - 14}" text-anchor="middle" '
-                    f'font-size="16">'
-                              f'{"ABCDEF"[column]}</text>')
-        shapes.append(
-            f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">{top:.3g}</text>'
-                      f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" '
-                      f'font-size="10">0</text>')
+                shapes.append(f'<text x="{left + WIDE / 2}" y="{TOP - 14}" text-anchor="middle" '
+                              f'font-size="16">{"ABCDEF"[column]}</text>')
+        shapes += [f'<text x="{LEFT - 4}" y="{y + 9}" text-anchor="end" font-size="10">'
+                   f'{top:.3g}</text>',
+                   f'<text x="{LEFT - 4}" y="{y + HIGH}" text-anchor="end" font-size="10">0</text>']
     width, height = LEFT + len(CURVES) * (WIDE + 14), TOP + len(PANELS) * (HIGH + 22) + 12
-    shapes.append(
-        f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: the code '
-                  "without a bug; medians of three steps</text>")
+    shapes.append(f'<text x="{LEFT}" y="{height - 10}">{len(runs["sound"])} training steps; grey: '
+                  "the code without a bug; medians of three steps</text>")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-family="sans-serif" '
-            f'font-size="12" fill="#333"><rect width="{width}" height="{height}" fill="white"/>'
-            f'{"".join(shapes)}</svg>\n')
+            'font-family="sans-serif" font-size="12" fill="#333">'
+            f'<rect width="{width}" height="{height}" fill="white"/>{"".join(shapes)}</svg>\n')
 
 
 def main(arguments: list[str]) -> int:
+    """Reads the options and carries them out. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="mutants whose name or file has this in it")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants side by side; one thread each")
+    parser.add_argument("--only", default="",
+                        help="only mutants with this in their name, or of this file")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="mutants that run side by side, with one thread each")
     parser.add_argument("--curves", type=Path,
                         help="train six mutants into this folder and draw curves.svg there")
-    parser.add_argument("--steps", type=int, default=25, help="of each of these runs")
+    parser.add_argument("--steps", type=int, default=25,
+                        help="training steps of each of these runs")
     options, more = parser.parse_known_args(arguments)
     if more and not options.curves:
-        parser.error(f"unknown: {' '.join(more)} (options of arft.py can be added to --curves)")
+        parser.error(f"unknown: {' '.join(more)} (only --curves takes options of arft.py)")
     try:
         if options.curves:
             train_curves(options.curves, options.steps, more)

@@ -1,9 +1,11 @@
-"""The assignments: what a student gets, what the tests say to typical
-mistakes, and what does not deceive the grader."""
+"""The assignments: what a student gets, what the tests say about typical mistakes, and what does
+not deceive the grader."""
 
+import ast
 import doctest
 import importlib
 import inspect
+import multiprocessing
 import os
 import re
 import select
@@ -12,16 +14,18 @@ import sys
 
 import pytest
 
+import arft
 from conftest import ROOT
 from coursework import __main__ as program
 from coursework.tasks import TASKS
 from coursework.wrong import CHANGES, WHOLE, changed, holder
+from extras import options
 
 NUMBERS = [task.number for task in TASKS]
 
 
 def run_tests(number: int, folder) -> str:
-    """Runs a task's tests here, in order; the words of the first that fails, or ""."""
+    """Runs a task's tests here, in order. Returns the words of the first that fails, or ""."""
     module = importlib.import_module(f"coursework.test_task_{number:02d}")
     tests = [f for name, f in vars(module).items() if name.startswith("test_")]
     assert tests
@@ -40,8 +44,7 @@ def run_tests(number: int, folder) -> str:
 @pytest.mark.filterwarnings("ignore:std")       # of one number, as a wrong version has it
 @pytest.mark.parametrize("number", NUMBERS)
 def test_typical_mistakes_are_named(number, monkeypatch, tmp_path):
-    """Each wrong version in the place of the right one: the tests fail with
-    the words for that mistake."""
+    """With each wrong version in the place of the right one, the tests name that mistake."""
     wrong = [(file, name, changed(file, name, old, new), words)
              for task, file, name, old, new, words in CHANGES if task == number]
     wrong += [entry[1:] for entry in WHOLE if entry[0] == number]
@@ -54,7 +57,7 @@ def test_typical_mistakes_are_named(number, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_task_needs_no_other_task(number, monkeypatch, tmp_path):
-    """All other tasks' functions are still stubs: a student may take them in any order."""
+    """A student may take the tasks in any order: all other functions are still stubs."""
     def stub(*arguments, **names):
         raise NotImplementedError("another task")
     for task in TASKS:
@@ -70,50 +73,73 @@ def student(tmp_path_factory):
     return folder
 
 
+def run_pytest(folder, *arguments):
+    """Runs pytest in a copy of the code. Called in a fork, which has imported torch already."""
+    for name, module in list(sys.modules.items()):
+        if str(ROOT) in (getattr(module, "__file__", None) or ""):
+            del sys.modules[name]
+    sys.path[:] = [str(folder), *(path for path in sys.path if str(ROOT) not in path)]
+    os.chdir(folder)
+    pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", "--noconftest", *arguments])
+
+
 def test_the_student_copy_fails_every_test_with_its_task(student):
-    """One run over all tests of the copy; the full copy's own tests are part of this suite."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line",
-               "--noconftest",
-               "--junitxml", "report.xml", "tests/coursework"]
-    subprocess.run(command, cwd=student, capture_output=True, timeout=300)
+    """One run over all tests of the copy. The full copy's own tests are part of this suite."""
+    pytest_there = multiprocessing.get_context("fork").Process(
+        target=run_pytest, args=(student, "--junitxml", "report.xml", "tests/coursework"))
+    pytest_there.start()
+    pytest_there.join(300)
     cases = list(program.ElementTree.parse(student / "report.xml").iter("testcase"))
-    assert {case.get("classname") for case in cases} == {f"tests.coursework.test_task_{number:02d}"
-                                                         for number in NUMBERS}
+    assert {case.get("classname") for case in cases} == {
+        f"tests.coursework.test_task_{number:02d}" for number in NUMBERS}
     for case in cases:
         number, failure = int(case.get("classname")[-2:]), case.find("failure")
-        assert failure is not None and f"NotImplementedError: task {number}: " in failure.get(
-            "message"), case.get("name")
+        assert failure is not None, case.get("name")
+        assert f"NotImplementedError: task {number}: " in failure.get("message"), case.get("name")
 
 
 def test_nothing_but_bodies_is_taken_out(student):
-    """Line by line: what is gone stood inside a task's function, below its
-    docstring; what came is the stub."""
-    files = program.stubs(TASKS)
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"),
-                 *(ROOT / "tests").glob("test_*.py")]:
+    """What is gone stood inside a task's function, below its docstring; what came is the stub."""
+    files, compared = program.stubs(TASKS), 0
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("extras/*.py"),
+                 *ROOT.glob("tests/test_*.py")]:
         name = str(path.relative_to(ROOT))
         if name in files:
-            ours, theirs = (program.ast.parse((root / name).read_text())
-                            for root in (ROOT, student))
+            ours, theirs = (ast.parse((root / name).read_text()) for root in (ROOT, student))
             for function in files[name]:
                 mine, other = program.find(ours, function), program.find(theirs, function)
-                assert program.ast.get_docstring(mine) == program.ast.get_docstring(other)
-                assert (program.ast.dump(mine.args) == program.ast.dump(other.args)
-                        and len(other.body) == 2)
+                assert ast.get_docstring(mine) == ast.get_docstring(other)
+                assert ast.dump(mine.args) == ast.dump(other.args) and len(other.body) == 2
                 mine.body = other.body = []
-            assert program.ast.dump(ours) == program.ast.dump(theirs), name
+            assert ast.dump(ours) == ast.dump(theirs), name
+            compared += 1
         elif name not in program.LEFT_OUT:
             assert path.read_text() == (student / name).read_text()
+    assert compared == len(files)
 
 
 def test_answers_stay_with_the_teacher(student):
     for name in program.LEFT_OUT:
         assert not (student / name).exists(), name
-    assert not list(student.rglob(
-        "__pycache__")) and not (student / ".git").exists() and not (student / "runs").exists()
+    assert not list(student.rglob("__pycache__"))
+    assert not (student / ".git").exists() and not (student / "runs").exists()
     told = (student / "ASSIGNMENTS.md").read_text()
     for task in TASKS:
         assert task.test in told and task.question in told and (ROOT / task.test).exists()
+
+
+def test_the_questions_commands_take_existing_options():
+    """Whole commands and single flags, in the questions and in the teacher's page."""
+    known = options.parser_of(arft.Config)
+    texts = [task.question for task in TASKS]
+    commands = re.findall(r"`python arft.py (.*?)`", " ".join(texts))
+    assert len(commands) >= 3
+    for command in commands:
+        known.parse_args(command.split())       # an unknown option ends the program
+    page = (ROOT / "tests" / "coursework" / "README.md").read_text()
+    flags = set(re.findall(r"(?<!\S)`?(--[a-z][a-z-]+)", " ".join([*texts, page])))
+    mine = {"--task", "--seconds"}              # of `python -m tests.coursework`
+    assert len(flags) > 8 and flags - mine <= set(known._option_string_actions)
 
 
 def test_a_folder_that_exists_is_not_written_over(student):
@@ -122,22 +148,22 @@ def test_a_folder_that_exists_is_not_written_over(student):
 
 
 def test_the_size_of_the_tasks():
-    """Up to 15 statements for each, as the course promises, and an open
-    question that asks for a number."""
+    """Up to 15 statements for each, as the course promises, and an open question that asks for a
+    number."""
+    parsed = {file: ast.parse((ROOT / file).read_text()) for file in program.stubs(TASKS)}
     for task in TASKS:
         lines = 0
         for file, name in task.functions:
-            function = program.find(program.ast.parse((ROOT / file).read_text()), name)
+            function = program.find(parsed[file], name)
             lines += len({statement.lineno for node in function.body[1:]
-                          for statement in program.ast.walk(node)
-                          if isinstance(statement, program.ast.stmt)})
+                          for statement in ast.walk(node) if isinstance(statement, ast.stmt)})
         assert 4 <= lines <= 15, (task.number, lines)
-        assert re.search("how many|which|what|share|smallest|number", task.question,
-                         re.IGNORECASE) and task.minutes <= 40
+        asks = "how many|which|what|share|smallest|number"
+        assert re.search(asks, task.question, re.IGNORECASE) and task.minutes <= 40
 
 
 def submission(folder, **texts):
-    """A submission that holds some files alone."""
+    """A submission that holds only these files."""
     folder.mkdir()
     for name, text in texts.items():
         (folder / f"{name}.py").write_text(text)
@@ -159,8 +185,7 @@ def test_grades_of_right_and_stub(student, task_one, tmp_path, capsys):
 
 
 def test_a_tampered_tests_folder_helps_nobody(student):
-    """Tests that always pass, a conftest that turns failures round: neither
-    is taken from the submission."""
+    """The grader takes neither tests that always pass nor a conftest that hides failures."""
     (student / "tests" / "coursework" / "test_task_01.py").write_text(
         "def test_an_answer():\n    pass\n")
     (student / "conftest.py").write_text(
@@ -170,33 +195,37 @@ def test_a_tampered_tests_folder_helps_nobody(student):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("while True: pass", "ran longer than 3 s"),
+    ("while True: pass", "ran longer than 1 s"),
     ("import os; os._exit(0)", "did not come to their end"),
     ("def (", "SyntaxError"),
     ("import pytest; pytest.skip('no', allow_module_level=True)", "skipped"),
     ("def parse(turn):\n    import pytest\n    pytest.skip('I pass')", "I pass")])
 def test_what_ends_or_avoids_the_tests_is_a_failure(line, words, task_one, tmp_path):
     bad = submission(tmp_path / "bad", tools=f"{task_one}\n{line}\n")
-    grade = program.grade(bad, TASKS[0], seconds=3 if "while" in line else 60)
+    grade = program.grade(bad, TASKS[0], seconds=1 if "while" in line else 60)
     assert not grade.ok and grade.passed == 0 and words in grade.mistake
 
 
-def test_children_do_not_outlive_the_limit(task_one, tmp_path):
-    """The child writes to a pipe and keeps it open: the end of the pipe is the end of the child."""
-    pipe = str(tmp_path / "pipe")
+def test_children_do_not_outlive_the_limit(task_one, tmp_path, monkeypatch):
+    """The limit falls once the child is there. A pipe without a writer then says that it is gone.
+    """
+    pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    child = f"import time; file = open({pipe!r}, 'wb', 0); file.write(b'!'); time.sleep(1000)"
-    line = (f"\nimport subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n"
-            "time.sleep(1000)\n")
-    bad = submission(tmp_path / "bad", tools=task_one + line)
-    for seconds in (1, 4, 16):      # a slow machine takes longer to get as far as the child
-        assert f"longer than {seconds} s" in program.grade(bad, TASKS[0], seconds).mistake
-        started = os.read(reader, 1)
-        if started:
-            break
-    assert started == b"!"
-    assert select.select([reader], [], [], 30)[0] and os.read(reader, 1) == b""
+    child = f"file = open({str(pipe)!r}, 'wb', 0); file.write(b'x'); input()"
+    parent = f"subprocess.run([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE)"
+    wait = subprocess.Popen.wait
+
+    def wait_for_the_child(process, seconds=None):
+        if seconds is None:
+            return wait(process)
+        assert select.select([reader], [], [], 60)[0] and os.read(reader, 9) == b"x"
+        raise subprocess.TimeoutExpired(process.args, seconds)
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_the_child)
+    code = f"{task_one}\nimport subprocess, sys\n{parent}\n"
+    grade = program.grade(submission(tmp_path / "bad", tools=code), TASKS[0], seconds=50)
+    assert "longer than 50 s" in grade.mistake
+    assert select.select([reader], [], [], 60)[0] and os.read(reader, 9) == b""
     os.close(reader)
 
 
@@ -214,7 +243,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_function_without_specification_cannot_be_a_task():
-    """And the example of `strip` is what it does."""
+    """And `strip` does what its example says."""
     assert doctest.testmod(program).failed == 0 < doctest.testmod(program).attempted
     with pytest.raises(ValueError, match="docstring"):
         program.strip("def f(x):\n    return x\n", {"f": 1})

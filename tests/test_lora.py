@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import grpo
 from arft import Config, main
 from conftest import ROOT, parts_of
 from extras import options, resume, setup, weights
 from extras.options import UsageError
 from extras.weights import MasterAdamW, load, save
-from grpo import Optimizer, episode_logp, frozen_logp, reference_of
+from grpo import Optimizer, episode_logp, frozen_logp, reference_of, update
 from policy import LORA_ALPHA, LORA_TARGETS, LoRA, PolicyError
 from rollout import Limits, RowLayout, collate, rollout
 from tools import Tools
@@ -90,18 +91,24 @@ def test_if_you_name_none_every_layer_of_a_block_is_a_target(fresh_policy):
 # --- the reference is LoRA off --------------------------------------------------------------------
 
 
-def test_the_reference_is_the_model_without_adapters(adapted, policy, samples):
-    """The adapters are trained, and yet the reference's log-probs are those of the untouched
-    checkpoint, without a second model."""
+def test_the_reference_is_the_model_without_adapters(adapted, policy, samples, monkeypatch):
+    """The adapters are trained, and yet the reference's log-probs in an update are those of the
+    untouched checkpoint, without a second model."""
     episodes = rollout(policy, samples(("dark",)), group_size=2, tools=Tools(),
                        limits=Limits(max_new_tokens=64),
                        generator=torch.Generator().manual_seed(1))
     disturb(adapted)
-    reference = reference_of(adapted)
-    assert reference is adapted
-    with reference.without_adapters():
-        got = frozen_logp(reference, episodes, 1.0, RowLayout(tokens=1))
-    expected = frozen_logp(reference_of(policy), episodes, 1.0, RowLayout(tokens=1))
+    assert reference_of(adapted) is adapted
+    got, layout = [], RowLayout(tokens=1)
+
+    def kept(*arguments):
+        got.extend(frozen_logp(*arguments))
+        return got
+    monkeypatch.setattr(grpo, "frozen_logp", kept)
+    config = Config(group_size=2, inner_epochs=1, minibatches=1, max_new_tokens=64)
+    update(adapted, reference_of(adapted), episodes, torch.tensor([1.0, -1.0]), config,
+           optimizer=Optimizer(adapted, 0.0, 1.0), layout=layout, generator=torch.Generator())
+    expected = frozen_logp(reference_of(policy), episodes, 1.0, layout)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     with torch.no_grad():
         own, _ = episode_logp(adapted, collate(adapted, episodes[:1]))

@@ -1,7 +1,5 @@
 """The list of mutants against the code: every bug can still be made, compiles, and names tests that
-exist.
-
-No mutant is run here; `python tests/mutants.py` does that.
+exist. `python tests/mutants.py` runs the mutants; nothing here does.
 """
 
 import re
@@ -19,8 +17,8 @@ def test_the_bug_can_still_be_made_and_its_tests_exist(mutant):
     assert text != (ROOT / mutant.file).read_text()
     for test in mutant.tests:
         file, name = test.split("::")
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(),
-                         re.MULTILINE), f"{test} is gone"
+        source = (ROOT / "tests" / file).read_text()
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{test} is gone"
 
 
 def test_a_text_that_is_not_there_once_names_its_mutant(tmp_path):

@@ -128,6 +128,14 @@ def test_kill_9_in_the_middle_of_a_step(never_stopped, tmp_path, capsys):
     assert wait_for(lambda: not list(scratch.iterdir())), "its sandbox left its directories"
 
 
+def test_kill_9_at_two_random_moments():
+    """A cut of tests/measure/kills.py."""
+    command = [sys.executable, str(ROOT / "tests/measure/kills.py"), "--kills", "2", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 kills, " in done.stdout and "no fault" in done.stdout
+
+
 @pytest.mark.parametrize("moment, about, number", [
     ("evaluate", "before", 1),              # nothing is complete
     ("append", "episodes.jsonl", 2),        # in step 1: its metrics are written, its episodes not

@@ -23,27 +23,27 @@ def test_an_answer():
 
 
 def test_the_labels_of_a_problem():
-    expect(lambda: fields("<think>a</think><problem> {'dark', 'blur'} </problem>"),
-           ("problem", ("dark", "blur"), None, True), {
+    turn = "<think>a</think><problem> {'dark', 'blur'} </problem>"
+    expect(lambda: fields(turn), ("problem", ("dark", "blur"), None, True), {
         "the labels are still one text: read_labels makes a tuple of them":
             ("problem", "{'dark', 'blur'}", None, True),
     }, "two problems")
 
 
 def test_a_program_comes_out_of_its_fence():
-    expect(lambda: fields("<think>a</think><code>\n```python\nx = 1\n```\n</code>"),
-           ("code", "x = 1", None, True), {
+    turn = "<think>a</think><code>\n```python\nx = 1\n```\n</code>"
+    expect(lambda: fields(turn), ("code", "x = 1", None, True), {
         "the program still has its code fence: read_program takes it off":
             ("code", "```python\nx = 1\n```", None, True),
     }, "a program in a fence")
 
 
 def test_a_fault_makes_the_turn_malformed():
+    turn = "<search>a</search><answer>b</answer>"
     error = "two actions in one turn: <search> and <answer>"
-    expect(lambda: fields("<search>a</search><answer>b</answer>"),
-           ("malformed", None, error, False), {
-        "the error of read_tags is thrown away: a turn with a fault is malformed, whatever else "
-        "is in it": ("search", "a", None, False),
+    expect(lambda: fields(turn), ("malformed", None, error, False), {
+        "the error of read_tags is thrown away: a turn with a fault is malformed, whatever else is "
+        "in it": ("search", "a", None, False),
         "a malformed turn has no value": ("malformed", "a", error, False),
         "a malformed turn says why: keep the error of read_tags": ("malformed", None, None, False),
     }, "two actions in one turn")
@@ -51,18 +51,18 @@ def test_a_fault_makes_the_turn_malformed():
 
 def test_a_turn_without_action():
     expect(lambda: tools.parse("<think>only a thought</think>").kind, "malformed", {
-        "parse raises where there is no action; it must never raise": "raised IndexError",
+        "parse raises if there is no action; it must never raise": "raised IndexError",
         "a thought is no action: without one of problem, code, search, answer the turn is "
         "malformed": "think",
     }, "a thought alone")
     expect(lambda: bool(tools.parse("").error), True, {
-        "a malformed turn must say why: error is empty where there is no action": False,
+        "a malformed turn must say why: error is empty if there is no action": False,
     }, "an empty turn")
 
 
 def test_an_empty_action():
-    expect(lambda: fields("<think>a</think><answer>  </answer>"),
-           ("malformed", None, "the tag <answer> is empty", False), {
+    turn = "<think>a</think><answer>  </answer>"
+    expect(lambda: fields(turn), ("malformed", None, "the tag <answer> is empty", False), {
         "an action without a value is malformed, here it passes as an empty answer":
             ("answer", "", None, True),
     }, "an empty answer")

@@ -1,5 +1,6 @@
 """Task 7: policy.Policy.positions. No model: two facts of the checkpoint are enough."""
 
+from functools import partial
 from types import SimpleNamespace
 
 from policy import Policy
@@ -28,8 +29,8 @@ def test_text_advances_by_one():
     expect(lambda: columns([1, 2, 3, 4]), [(i, i, i) for i in range(4)], {
         "the result is [T, 3]; [3, T] is asked": "shape [4, 3]",
         "positions start at 0": [(i, i, i) for i in range(1, 5)],
-        "text advances in time alone; all three advance": [(i, 0, 0) for i in range(4)]},
-        "four words")
+        "text advances in time alone; all three advance": [(i, 0, 0) for i in range(4)],
+    }, "four words")
 
 
 def test_an_image_of_2_rows_and_3_columns():
@@ -67,12 +68,20 @@ def test_a_second_image_starts_after_the_text_before_it():
         "the second image restarts at 0; it starts where the text before it ended": [
             (0, 0, 0), (0, 0, 1), (2, 2, 2), (0, 0, 0), (0, 1, 0), (2, 2, 2)],
         "every image has the shape of the first": [
-            (0, 0, 0), (0, 0, 1), (2, 2, 2), (3, 3, 3), (3, 3, 4), (5, 5, 5)]},
-        "an image, a word, an image, a word")
+            (0, 0, 0), (0, 0, 1), (2, 2, 2), (3, 3, 3), (3, 3, 4), (5, 5, 5)],
+    }, "an image, a word, an image, a word")
     expect(lambda: columns([*[PLACEHOLDER] * 2], (2, 2), (2, 2)), [(0, 0, 0), (1, 1, 1)], {
         "two images side by side are taken for one: the image's shape tells where it ends":
-            "raised ValueError"},
-        "two images of one token each, side by side")
+            "raised ValueError",
+    }, "two images of one token each, side by side")
+
+
+def refuses(ids, grids) -> bool:
+    try:
+        positions(ids, *grids)
+    except ValueError:
+        return True
+    return False
 
 
 def test_images_and_placeholders_must_match():
@@ -81,12 +90,8 @@ def test_images_and_placeholders_must_match():
             ("an image without placeholders must be refused: ValueError", [1], ((2, 2),)),
             ("too few placeholders must be refused: ValueError", [PLACEHOLDER], ((4, 4),)),
             ("too many placeholders must be refused: ValueError", [PLACEHOLDER] * 3, ((2, 4),))):
-        def refused(ids=ids, grids=grids):
-            try:
-                positions(ids, *grids)
-            except ValueError:
-                return True
-            return False
-        expect(refused, True, {words: False,
-                               words + " (your own, with words)": "raised StopIteration",
-                               words + " (your own, in words)": "raised IndexError"}, words)
+        expect(partial(refuses, ids, grids), True, {
+            words: False,
+            words + " (your own, with words)": "raised StopIteration",
+            words + " (your own, in words)": "raised IndexError",
+        }, words)

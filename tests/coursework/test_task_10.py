@@ -1,4 +1,4 @@
-"""Task 10: mini.noise, rewards.problem_reward, and every problem of MAT-mini, yours included once
+"""Task 10: mini.noise, rewards.problem_reward, and every problem of MAT-mini; also your own, once
 you have added it."""
 
 from functools import partial
@@ -34,12 +34,13 @@ def test_noise():
         "each channel is drawn on its own; a pixel turns white as a whole": [0.5, 0.0, 0.5],
         "the pixels turn black (or another colour), not white": [0.0, 0.2, 0.8],
         "no pixel has changed": [0.0, 1.0, 0.0],
-        "np.asarray of an image can only be read: copy it first": "raised ValueError"},
-           "shares of white, unchanged, other")
+        "np.asarray of an image can only be read: copy it first": "raised ValueError",
+    }, "shares of white, unchanged, other")
     expect(lambda: (noisy().size, noisy().mode), ((100, 80), "RGB"), {
         "width and height are exchanged: arrays are [height, width]": ((80, 100), "RGB"),
         "width and height of the mask are exchanged: arrays are [height, width]":
-            "raised IndexError"}, "size and mode")
+            "raised IndexError",
+    }, "size and mode")
 
 
 def test_noise_leaves_the_image_and_chance_alone():
@@ -47,15 +48,16 @@ def test_noise_leaves_the_image_and_chance_alone():
         image = SIGN.copy()
         mini.noise(image, np.random.default_rng(0))
         return image.tobytes() == SIGN.tobytes()
-    expect(untouched, True, {"the image that was passed in is changed: make a new one": False},
-           "the image passed in")
+    expect(untouched, True, {
+        "the image that was passed in is changed: make a new one": False,
+    }, "the image passed in")
     expect(lambda: noisy().tobytes() == noisy().tobytes(), True, {
-        "the noise is not drawn from rng: the same seed must draw the same picture": False},
-           "the same seed twice")
+        "the noise is not drawn from rng: the same seed must draw the same picture": False,
+    }, "the same seed twice")
     rng = np.random.default_rng(0)
     expect(lambda: mini.noise(SIGN, rng).tobytes() == mini.noise(SIGN, rng).tobytes(), False, {
-        "every picture has the same noise: draw from the rng that was passed in": True},
-           "two pictures of one generator")
+        "every picture has the same noise: draw from the rng that was passed in": True,
+    }, "two pictures of one generator")
 
 
 def test_the_reward_of_a_problem():
@@ -72,7 +74,8 @@ def test_the_reward_of_a_problem():
             [1.0, 1.0, 1.0, 0.0, 1.0],
         "naming more than there is pays: the sets must be equal": [1.0, 0.0, 1.0, 0.0, 1.0],
         "naming less than there is pays: the sets must be equal": [1.0, 1.0, 0.0, 0.0, 1.0],
-        "no diagnosis (None) must give 0": "raised TypeError"}, "five diagnoses")
+        "no diagnosis (None) must give 0": "raised TypeError",
+    }, "five diagnoses")
     cases = ((("rotation90",), gold), (("dark",), gold), (("rotation180",), gold),
              (("rotation90",), ("rotation90",)), (("rotation90",), ("dark", "blur")))
     expect(lambda: [rewards.problem_reward(*case, rotation_credit=True) for case in cases],
@@ -82,8 +85,8 @@ def test_the_reward_of_a_problem():
         "rotation_credit gives nothing": [0.0, 0.0, 0.0, 1.0, 0.0],
         "rotation_credit gives half for any rotation; it must be the right one":
             [0.5, 0.0, 0.5, 1.0, 0.0],
-        "rotation_credit gives half where the gold has no rotation": [0.5, 0.0, 0.0, 1.0, 0.5]},
-           "rotation_credit")
+        "rotation_credit gives half if the gold has no rotation": [0.5, 0.0, 0.0, 1.0, 0.5],
+    }, "rotation_credit")
 
 
 def distance(a: Image.Image, b: Image.Image) -> float:
@@ -126,4 +129,6 @@ def test_a_problem_can_be_named_and_rewarded():
     for problem in mini.SINGLES:
         sample = mini.make_sample((problem,), mini.texts("test"), np.random.default_rng(3))
         paid = partial(rewards.problem_reward, (problem,), sample["problems"])
-        expect(paid, 1.0, {"the right diagnosis of a drawn sample is worth nothing": 0.0}, problem)
+        expect(paid, 1.0, {
+            "the right diagnosis of a drawn sample is worth nothing": 0.0,
+        }, problem)

@@ -1,8 +1,8 @@
-"""Typical wrong versions of the tasks' functions, and what the tests must say to each of them.
+"""Typical wrong versions of the tasks' functions, and what the tests must say about each.
 
-tests/test_coursework.py puts each in the place of the right one. Some are small changes of the
-right code, so that the words are known to be about that change and nothing else. Student copies do
-not get this file.
+tests/test_coursework.py puts each in the place of the right one. Most are small changes of the
+right code, so that the words are certain to be about that change and nothing else. Student copies
+do not have this file.
 """
 
 import inspect
@@ -24,7 +24,7 @@ MODULES = {"tools.py": tools, "rollout.py": rollout, "rewards.py": rewards, "grp
 
 
 def holder(file: str, name: str):
-    """(the module or class that has the function, its own name there)"""
+    """The module or class that has the function, and the function's name there."""
     *classes, last = name.split(".")
     return (getattr(MODULES[file], classes[0]) if classes else MODULES[file]), last
 
@@ -34,14 +34,14 @@ def changed(file: str, name: str, old: str, new: str):
     source = textwrap.dedent(inspect.getsource(getattr(*holder(file, name))))
     head, quotes, body = source.rpartition('"""')
     if body.count(old) != 1:
-        raise ValueError(f"{file}:{name} has {old!r} {body.count(old)} times: "
-                         "correct tests/coursework/wrong.py")
+        raise ValueError(f"{file}:{name} has {old!r} {body.count(old)} times, not once: correct "
+                         "tests/coursework/wrong.py")
     names = dict(vars(MODULES[file]))
     exec(head + quotes + body.replace(old, new), names)
     return names[name.split(".")[-1]]
 
 
-# (task, file, function, a piece of the right code, what replaces it, what the tests must say)
+# (task, file, function, piece of the right code, what replaces it, what the tests must say)
 CHANGES = (
     (1, "tools.py", "parse", "str.strip)(body)", "str)(body)", "keeps the blanks"),
     (1, "tools.py", "parse", '"problem": read_labels, ', "", "labels are still one text"),
@@ -101,12 +101,12 @@ CHANGES = (
      "groups.std(dim=1, keepdim=True) + 1e-4", "groups.std(dim=1, keepdim=True) + 1e-8", "1e-8"),
     (4, "grpo.py", "group_advantages",
      "groups.std(dim=1, keepdim=True)", "groups.var(dim=1, keepdim=True)", "variance"),
-    (4, "grpo.py", "group_advantages", "centred.masked_fill(flat, 0.0)", "centred", "exact zeros"),
+    (4, "grpo.py", "group_advantages", "centred.masked_fill(equal, 0.0)", "centred", "exact zeros"),
     (4, "grpo.py", "group_advantages", "group_size < 2 or ", "", "group of one"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "-d", "this is k1"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "d ** 2 / 2", "this is k2"),
     (5, "grpo.py", "k3", "(logp_ref - logp)", "(logp - logp_ref)", "turned round"),
-    (5, "grpo.py", "k3", ".masked_fill(mask == 0, 0.0)", "", "ids with mask 0 count"),
+    (5, "grpo.py", "k3", ".masked_fill(mask == 0, 0.0)", "", "tokens with mask 0 count"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "d.exp() - d", "last - 1 is missing"),
     (5, "grpo.py", "k3", "d.exp() - d - 1", "(d.exp() - d - 1).detach()", "has no gradient"),
     (5, "grpo.py", "_token_means",
@@ -130,7 +130,7 @@ CHANGES = (
      "take their mean"),
     (6, "grpo.py", "_aggregate",
      "(per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()", "per_token.sum() / mask.sum()",
-     "all ids count"),
+     "all tokens count"),
     (6, "grpo.py", "_aggregate", "per_token.masked_fill(mask == 0, 0.0)", "per_token * mask",
      "inf * 0 is nan"),
     (6, "grpo.py", "_aggregate", "(len(mask) * max_length)", "max_length",
@@ -152,15 +152,15 @@ CHANGES = (
      "rounded down"),
     (8, "extras/jail.py", "limit_resources", ', "NPROC": 0', "", "processes could be started"),
     (8, "extras/jail.py", "limit_resources", '"CORE": 0, ', "", "a crash would leave"),
-    (8, "extras/jail.py", "limit_resources", "used + (jail.memory_mb << 20)",
-     "jail.memory_mb << 20", "interpreter has already"),
+    (8, "extras/jail.py", "limit_resources",
+     "used + (jail.memory_mb << 20)", "jail.memory_mb << 20", "interpreter has already"),
     (8, "extras/jail.py", "limit_resources", "jail.memory_mb << 20", "jail.memory_mb",
      "taken as bytes"),
     (9, "extras/search.py", "Replay.search", "if row is not None:", "if False:",
      "asks the engine again"),
     (9, "extras/search.py", "Replay.search", "k = ?", "? > 0", "k is not part"),
-    (9, "extras/search.py", "Replay.search", "AND backend = coalesce(?, backend)", "AND ? = ?3",
-     "one engine's passages"),
+    (9, "extras/search.py", "Replay.search",
+     "AND backend = coalesce(?, backend)", "AND ? = ?3", "one engine's passages"),
     (9, "extras/search.py", "Replay.search", "backend = coalesce(?, backend)", "backend = ?",
      "record of any back end counts"),
     (9, "extras/search.py", "Replay.search",

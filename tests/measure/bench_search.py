@@ -1,10 +1,10 @@
-"""How long a search of a large corpus takes.
+"""Measures how long a search of a large corpus takes.
 
     python tests/measure/bench_search.py --passages 1000000 --folder DIR
 
-DIR keeps the corpus and its index. The corpus is generated: passages of 60 words whose frequencies
-fall as in language (Zipf's law, 200,000 words). A query is a handful of words, common and rare as
-they come; the worst kind asks for common words only.
+DIR keeps the corpus and its index. The corpus is generated: passages of 60 words, whose frequencies
+fall as in language (Zipf's law, 200,000 words). The words of a query are drawn by the same law,
+common and rare as they come; the worst kind of query has common words alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WORDS, LENGTH = 200_000, 60
 
 
 def generate(path: Path, count: int) -> None:
-    """Write `count` passages as a .jsonl file."""
+    """Writes `count` passages as a .jsonl."""
     rng, words = np.random.default_rng(0), np.array([f"w{i}" for i in range(WORDS)])
     chance = np.cumsum(1 / np.arange(1, WORDS + 1))
     with open(path, "w") as file:
@@ -58,22 +58,20 @@ def main():
         generate(path, options.passages)
     start = time.perf_counter()
     corpus = Corpus(path)
-    print(f"{corpus.size:,} passages; index opened or built in "
-          f"{time.perf_counter() - start:.1f} s; {corpus.index.stat().st_size / 1e6:.0f} MB "
-          f"for {path.stat().st_size / 1e6:.0f} MB")
+    seconds = time.perf_counter() - start
+    print(f"{corpus.size:,} passages; index opened or built in {seconds:.1f} s; "
+          f"{corpus.index.stat().st_size / 1e6:.0f} MB for {path.stat().st_size / 1e6:.0f} MB")
     rng = np.random.default_rng(1)
     chance = np.cumsum(1 / np.arange(1, WORDS + 1))
 
-    def draw(count: int, most: int = WORDS) -> list[str]:
-        """Queries of `count` words, out of the `most` frequent ones."""
-        rows = (np.searchsorted(chance[:most] / chance[most - 1], rng.random(count))
-                for _ in range(options.queries))
-        return [" ".join(f"w{i}" for i in row) for row in rows]
-
-    kinds = {"1": draw(1), "3": draw(3), "8": draw(8), "8 of the 300 most frequent": draw(8, 300)}
+    def draw(count: int, most: int = WORDS) -> str:
+        """A query of `count` words from the `most` most frequent ones."""
+        places = np.searchsorted(chance[:most] / chance[most - 1], rng.random(count))
+        return " ".join(f"w{i}" for i in places)
+    kinds = {"1": (1,), "3": (3,), "8": (8,), "8 of the 300 most frequent": (8, 300)}
     print(f"{'words of the query':34}{'median ms':>10}{'95% ms':>8}{'most ms':>9}")
-    for name, queries in kinds.items():
-        times = measure(corpus, queries)
+    for name, kind in kinds.items():
+        times = measure(corpus, [draw(*kind) for _ in range(options.queries)])
         print(f"{name:34}{np.median(times):10.1f}{np.percentile(times, 95):8.1f}{times.max():9.1f}")
 
 

@@ -1,16 +1,16 @@
-"""What the sandbox costs: typical programs in it, without it and in a fresh interpreter.
+"""Measures what the sandbox costs: typical programs in it, without it, and in a fresh interpreter.
 
     python tests/measure/bench_tools.py [--rounds 40]
 
 Every column does the same work on a 640 x 480 picture: write the input file, run the program,
 decode the output image. "in-process" is `exec` in this process without any protection, "fresh" is
-`python -I -c`, which imports numpy and PIL. Each round goes through all columns in turn, so that a
-busy machine is busy for all of them; with `chrt -r 5` before the command (as root) they run before
-other programs.
+`python -I -c` that imports numpy and PIL. Each round goes through all columns in turn, so that a
+busy machine is busy for all of them; with `chrt -r 5` before the command (root) the measurement
+goes first.
 
-A worker prepares its next child while the current one runs. The medians do not show that, the
-executions per second do. The medians depend on the machine. What should hold on any machine: the
-last column is at most 6 ms, and the rotation is at least 12 times faster than the fresh one.
+A worker prepares its next child while the other one runs. The medians do not show that, the
+executions per second do. The medians depend on the machine. What should hold: the last column is at
+most 6 ms, and the rotation is at least 12 times faster than in a fresh interpreter.
 """
 
 import argparse
@@ -28,37 +28,37 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from extras import jail
 from extras.worker import encode
 from tools import Sandbox
 
 OPEN = f"from PIL import Image\nimage = Image.open('{jail.INPUT}')\n"
 SAVE = f"\nimage.save('{jail.OUTPUT}')"
+CROP = "image = image.crop((100, 100, 300, 300)).resize((600, 600), Image.LANCZOS)"
+BRIGHTEN = """import numpy as np
+a = np.asarray(image).astype(np.float32)
+image = Image.fromarray(np.clip(a * 1.6, 0, 255).astype(np.uint8))"""
 PROGRAMS = {
     "nothing": "pass",
     "PIL rotate": OPEN + "image = image.rotate(90, expand=True)" + SAVE,
-    "PIL crop, enlarge": OPEN + "image = image.crop((100, 100, 300, 300))\n"
-                                "image = image.resize((600, 600), Image.LANCZOS)" + SAVE,
-    "numpy brighten": OPEN + "import numpy as np\n"
-                             "pixels = np.asarray(image).astype(np.float32) * 1.6\n"
-                             "image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))"
-                      + SAVE,
+    "PIL crop, enlarge": OPEN + CROP + SAVE,
+    "numpy brighten": OPEN + BRIGHTEN + SAVE,
     "an exception": OPEN + "image.no_such_method()",
 }
 if find_spec("cv2"):
-    PROGRAMS["cv2 flip, denoise"] = (
-        f"import cv2\nimage = cv2.flip(cv2.imread('{jail.INPUT}'), -1)\n"
-        f"cv2.imwrite('{jail.OUTPUT}', cv2.medianBlur(image, 3))")
+    PROGRAMS["cv2 flip, denoise"] = f"""import cv2
+image = cv2.imread('{jail.INPUT}')
+image = cv2.medianBlur(cv2.flip(image, -1), 3)
+cv2.imwrite('{jail.OUTPUT}', image)"""
 
 
 def photograph() -> Image.Image:
-    """Smooth shapes and some grain, like the pictures of MAT."""
+    """Smooth shapes and some grain, through JPEG like the pictures of MAT."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    smooth = np.asarray(small.resize((640, 480), Image.BICUBIC))
+    shapes = np.asarray(small.resize((640, 480), Image.BICUBIC))
     grain = rng.normal(0, 6, (480, 640, 3))
-    return Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(shapes + grain, 0, 255).astype(np.uint8))
 
 
 def read_output() -> None:
@@ -89,11 +89,11 @@ def measure(sandbox: Sandbox, code: str, image: Image.Image, rounds: int) -> tup
     for turn in range(rounds):
         for way, run in ways.items():
             if way == "fresh" and turn % 4:
-                continue                # it is slow, and a quarter of the rounds is enough
+                continue                # it is slow, and a quarter of the rounds shows it
             start = time.perf_counter()
             run(code, image)
             seconds[way].append(time.perf_counter() - start)
-    jobs = [(f"{code}\n# {number}", image) for number in range(2 * rounds)]   # equal ones run once
+    jobs = [(f"{code}\n# {i}", image) for i in range(2 * rounds)]       # equal ones would run once
     start = time.perf_counter()
     sandbox.map(jobs)
     rate = len(jobs) / (time.perf_counter() - start)

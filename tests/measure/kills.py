@@ -1,12 +1,13 @@
-"""kill -9 at random moments, resumed each time, compared in the end with a run that was never
-stopped. By hand:
+"""Kills a run with kill -9 at random moments, resumes it each time, and compares it in the end with
+a run that was never stopped.
 
     python tests/measure/kills.py --kills 30
 
-The processes are forks of this one, so that the libraries are imported once. After each kill every
-file of the run folder must be readable and at most the step in progress lost. When a run is
-finished it is compared bit for bit, and another one begins until there were enough kills. Exit code
-1 at any fault.
+A moment is a number of function calls after the run has taken its folder, so a seed always kills at
+about the same places, however fast the machine is. The processes are forks of this one, so that the
+libraries are imported once. After each kill every file of the run folder must be readable, and at
+most the step in progress may be lost. A finished run is compared bit for bit, and another one
+begins until there were enough kills. Exit code 1 at any fault. The tests run two kills.
 """
 
 import argparse
@@ -16,36 +17,63 @@ import random
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "measure"), str(ROOT / "tests")]
 
-from extras import resume
-from arft import main as arft
+import arft
+from extras import record, resume
 from test_resume import assert_same_run
 
-OPTIONS = ["--steps", "12", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens",
-           "32", "--eval-samples", "1",
-           "--max-turns", "1", "--eval-every", "4"]
+OPTIONS = ["--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32",
+           "--eval-samples", "1", "--max-turns", "1", "--sandbox-workers", "1"]
 
 
-def start(*options: str) -> int:
-    """The id of a process that runs arft.py with these options."""
+def count_calls(last: int | None) -> list[int]:
+    """Counts function calls of this process from the moment when the run has taken its folder.
+
+    Kills the process at call number `last`. Returns a list that always holds the count.
+    """
+    calls, write_config = [0], record.Run.write_config
+
+    def count(frame, event, argument):
+        calls[0] += 1
+        if calls[0] == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(run, fingerprint):
+        write_config(run, fingerprint)
+        sys.setprofile(count)
+    record.Run.write_config = counted
+    return calls
+
+
+def run_in_fork(options: list[str], last: int | None, note: Path) -> int:
+    """Runs arft.py in a process of its own, which dies at call number `last`. Its exit code.
+
+    A run that ends by itself writes the number of its calls into the file `note`.
+    """
     sys.stdout.flush()
     process = os.fork()
     if process:
-        return process
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    os._exit(arft(list(options)))
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = 1
+    try:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        calls = count_calls(last)
+        code = arft.main(options)
+        sys.setprofile(None)
+        note.write_text(str(calls[0]))
+    finally:
+        os._exit(code)
 
 
 def readable(out: Path) -> tuple[int, int]:
-    """(steps in metrics.jsonl, step of the newest checkpoint); raises if any
-    file of the folder cannot be read."""
+    """(steps in metrics.jsonl, step of the newest checkpoint). Raises an error if any file of the
+    folder cannot be read."""
     for file in [*out.glob("*.json"), *out.glob("best/*.json"), *out.glob("model/*.json")]:
         json.loads(file.read_text())
     recorded = len(resume.read_lines(out / "metrics.jsonl"))
@@ -55,49 +83,38 @@ def readable(out: Path) -> tuple[int, int]:
     return recorded, state["step"] if state else 0
 
 
-def kill_once(out: Path, wait: float) -> bool:
-    """Starts or resumes the run and kills it `wait` seconds after it took
-    the folder. False: it ended before that."""
-    config = out / "config.json"
-    before = config.stat().st_mtime_ns if config.exists() else 0
-    process = start("--resume", str(out)) if before else start(*OPTIONS, "--out", str(out))
-    ended = (0, 0)
-    while not ended[0] and not (config.exists() and config.stat().st_mtime_ns > before):
-        time.sleep(0.01)
-        ended = os.waitpid(process, os.WNOHANG)
-    end = time.perf_counter() + wait
-    while not ended[0] and time.perf_counter() < end:
-        time.sleep(0.002)
-        ended = os.waitpid(process, os.WNOHANG)
-    if not ended[0]:
-        os.kill(process, signal.SIGKILL)
-        ended = os.waitpid(process, 0)
-    code = os.waitstatus_to_exitcode(ended[1])
-    finished = (out / "summary.json").exists() and "after" in json.loads(
-        (out / "summary.json").read_text())
-    # 2: it was killed at its very end
-    assert code in (0, -signal.SIGKILL) or finished, f"exit code {code}"
+def kill_once(out: Path, start: list[str], last: int | None) -> bool:
+    """Starts or resumes the run and kills it at call number `last`. False: it ended before that."""
+    options = ["--resume", str(out)] if out.exists() else [*start, "--out", str(out)]
+    code = run_in_fork(options, last, out.with_suffix(".calls"))
+    summary = out / "summary.json"
+    finished = summary.exists() and "after" in json.loads(summary.read_text())
+    # 2: an earlier kill came when the summary had just been written, so there is nothing to resume
+    assert code in (0, -signal.SIGKILL) or (code == 2 and finished), f"exit code {code}"
     return code == -signal.SIGKILL
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    start = [*OPTIONS, "--steps", str(given.steps), "--eval-every", str(max(1, given.steps // 3))]
     rng, kills, finished = random.Random(given.seed), 0, 0
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         whole = Path(folder) / "whole"
-        assert not kill_once(whole, 3600)
-        seconds = json.loads((whole / "summary.json").read_text())["seconds"]
-        print(f"never stopped: {seconds:.0f} s", flush=True)
+        assert not kill_once(whole, start, None)
+        calls = int(whole.with_suffix(".calls").read_text())
+        print(f"never stopped: {calls} calls", flush=True)
         while kills < given.kills or (Path(folder) / str(finished)).exists():
             out = Path(folder) / str(finished)
-            if kill_once(out, rng.uniform(0, seconds / 4) if kills < given.kills else 3600):
+            last = rng.randrange(1, calls // 4) if kills < given.kills else None
+            if kill_once(out, start, last):
                 kills += 1
                 recorded, saved = readable(out)
-                print(f"kill {kills}: {recorded} steps recorded, checkpoint of step {saved}",
-                      flush=True)
+                print(f"kill {kills}, at call {last}: {recorded} steps recorded, checkpoint of "
+                      f"step {saved}", flush=True)
                 assert recorded - saved <= 1, "more than the step in progress was lost"
             else:
                 assert_same_run(out, whole)

@@ -46,7 +46,8 @@ def record(folder: Path, program: Path, steps: int, only: str) -> None:
         launch = [sys.executable]
         if way.startswith("two"):
             launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        options = [*COMMON, "--steps", str(steps), *WAYS[way]]      # the last of two counts
+        # of an option that is given twice the last counts
+        options = [*COMMON, "--steps", str(steps), *WAYS[way]]
         command = [*launch, str(program), "--task", task, *options, "--out", str(out)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -74,10 +75,9 @@ def gradient(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(old: list[dict], new: list[dict], tolerance: float) -> list[str]:
-    """One line for each number that differs by more than `tolerance`, relative to max(1, number).
-    """
+    """One line for each number that differs by more than `tolerance`, relative to it or to 1."""
     found = [] if len(old) == len(new) else [f"{len(old)} steps against {len(new)}"]
-    for a, b in zip(old, new):
+    for a, b in zip(old, new, strict=False):
         for name in sorted(a):            # a number that is new is no difference
             x, y = a[name], b.get(name)
             near = x == y
@@ -104,8 +104,9 @@ def compare(old: Path, new: Path) -> int:
         elif folder.name.endswith("two"):
             a, b = metrics(folder), metrics(other)
             found = differences(a[:1], b[:1], 1e-3)
-            later = next((x["step"] for x, y in zip(a, b) if x["tokens"] != y["tokens"]), None)
-            note = "the same tokens throughout"
+            later = next((x["step"] for x, y in zip(a, b, strict=False)
+                          if x["tokens"] != y["tokens"]), None)
+            note = "same tokens in every step"
             if later:
                 note = f"sampled tokens differ from step {later} on"
         else:

@@ -197,12 +197,12 @@ MUTANTS = [
     Mutant("observations_in_the_loss",
            "what the tools said is trained on as if the model had written it", "rollout.py",
            "self.mask += [mask] * len(ids)", "self.mask += [1 if self.turns else mask] * len(ids)",
-           ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
+           ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn",)),
     Mutant("end_of_turn_masked", "to end a turn is not trained", "rollout.py",
            "    episode.append(ids, mask=1, logp=logp)\n",
            "    episode.append(ids[:-1], mask=1, logp=logp[:-1])\n"
            "    episode.append(ids[-1:], mask=0)\n",
-           ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action",)),
+           ("test_rollout.py::test_the_mask_marks_what_was_sampled_and_the_end_of_turn",)),
     Mutant("positions_restart", "after each observation the positions start at 0 again",
            "extras/engine.py",
            "policy.positions(episode.ids, episode.images)[:, start:]\n"

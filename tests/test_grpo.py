@@ -261,8 +261,11 @@ def test_checkpointing_keeps_less_and_changes_nothing(fresh_policy, episodes, vi
     A, kept, gradients = group_advantages(torch.arange(8.0), 4), [], []
     for on in (False, True):
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t,
-                                                      lambda t: t):
+
+        def keep(t, sizes=sizes):
+            sizes.append(t.numel())
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             gradients.append(gradient_of(fresh_policy, None, episodes, A,
                                          options(checkpointing=on)))
         kept.append(sum(sizes))
@@ -459,8 +462,10 @@ def test_the_probabilities_of_all_ids_never_exist_together(fresh_policy, hidden_
     for function, made, kept in ((plain_logp, 37 * V, 37 * V), (sampled_logp, 5 * V, 0)):
         saved = [0]
         with Largest(counts) as largest:
-            with torch.autograd.graph.saved_tensors_hooks(
-                    lambda t: saved.append(t.numel() if counts(t) else 0) or t, lambda t: t):
+            def keep(t, saved=saved):
+                saved.append(t.numel() if counts(t) else 0)
+                return t
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 logp, _ = function(fresh_policy, *hidden_and_ids, 1.0)
             logp.sum().backward()
         assert (largest.elements, max(saved)) == (made, kept)

@@ -84,7 +84,7 @@ def test_append_takes_everything_or_nothing(samples, policy):
     assert (len(episode.ids), len(episode.mask), len(episode.logp), len(episode.images)) == before
 
 
-def test_the_mask_marks_what_was_sampled_and_the_end_of_turn_is_an_action(policy, samples, tools):
+def test_the_mask_marks_what_was_sampled_and_the_end_of_turn(policy, samples, tools):
     for episode in sampled(policy, samples(*KINDS), tools):
         assert len(episode.ids) == len(episode.mask) == len(episode.logp)
         spans = {i for turn in episode.turns for i in range(turn.start, turn.stop)}

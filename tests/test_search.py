@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_corpus_is_named(tmp_path):
     with pytest.raises(SearchRefused, match="line 2: must be"):
         Corpus(path)
     (tmp_path / "x.sqlite").write_text("no database, but long enough to be looked at" * 50)
-    with pytest.raises(SearchRefused, match="remove the file"):
+    with pytest.raises(SearchRefused, match="remove it to build it again"):
         Corpus(tmp_path / "x.sqlite")
 
 

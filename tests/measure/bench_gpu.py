@@ -25,6 +25,7 @@ value once. The limit is the time that a plain copy of so many bytes takes on th
 import argparse
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,7 @@ from arft import Config
 from bench_shapes import SHAPES, make_policy
 from extras.engine import Clock, Rows, see
 from extras.tree import TreeLayout
+from extras.weights import checkpointing
 from rollout import Episode, Limits, decode_turn, fork
 
 MAT_ITEMS = 200
@@ -164,7 +166,8 @@ def train(policy, episodes, args) -> None:
     advantages = torch.tensor([1.0, -1.0] * (len(episodes) // 2) + [0.0] * (len(episodes) % 2))
     grpo.update(policy, None, episodes, advantages, config,
                 optimizer=grpo.Optimizer(policy, 1e-6, config.max_grad_norm),
-                layout=TreeLayout(args.micro_batch_tokens, args.device == "cuda"),
+                layout=TreeLayout(args.micro_batch_tokens,
+                                  checkpointing if args.device == "cuda" else nullcontext),
                 generator=torch.Generator(policy.device))
 
 

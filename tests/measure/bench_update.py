@@ -22,6 +22,7 @@ import argparse
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from arft import Config
 from bench_shapes import SHAPES, make_policy
+from extras import weights
 from extras.tree import TreeLayout
 from grpo import Optimizer, frozen_logp, group_advantages, update
 from policy import Policy
@@ -175,7 +177,8 @@ def bench(options: argparse.Namespace) -> None:
                              options.continuation, 56 if shape == "tiny" else options.side)
     config = Config(group_size=G, inner_epochs=1, minibatches=1, beta=0.0, max_turns=1,
                     max_new_tokens=options.continuation)
-    layouts = {name: layout(options.micro_batch_tokens, checkpointing == "on")
+    around = weights.checkpointing if checkpointing == "on" else nullcontext
+    layouts = {name: layout(options.micro_batch_tokens, around)
                for name, layout in (("rows", RowLayout), ("tree", TreeLayout))}
     print(f"update, shape {shape} on {options.device}, {len(episodes) // G} groups of {G}, "
           f"{options.prompt} + {options.continuation} tokens, checkpointing {checkpointing}")

@@ -40,8 +40,7 @@ from tools import Tools
 
 @dataclass
 class Config(Limits, Settings, Scoring, options.Machine):
-    """Every option; the command line is made from them. The four base classes stand in the files
-    whose options they hold (rollout.py, grpo.py, rewards.py, extras/options.py).
+    """Every option; the base classes stand in the files whose options they hold.
 
     Where an option is None, the program chooses by the model (extras/setup.py:DEFAULTS).
     """

@@ -130,7 +130,7 @@ def test_kill_9_in_the_middle_of_a_step(never_stopped, tmp_path, capsys):
 
 def test_kill_9_at_two_random_moments():
     """A cut of tests/measure/kills.py."""
-    command = [sys.executable, str(ROOT / "tests/measure/kills.py"), "--kills", "2", "--steps", "2"]
+    command = [sys.executable, str(ROOT / "tests/measure/kills.py"), "--kills", "2", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 kills, " in done.stdout and "no fault" in done.stdout

@@ -94,8 +94,8 @@ def exact_match(prediction: str, gold: str, chinese: bool = True) -> float:
 def rule_for(gold: str, chinese: bool):
     """How to normalize a gold and its prediction: the first rule that leaves a part of the gold."""
     rules = (lambda text: normalize(text, chinese),
-             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),   # has articles
-             lambda text: " ".join(text.lower().split()))                              # and signs
+             lambda text: " ".join(text.lower().translate(ALL_PUNCTUATION).split()),  # articles
+             lambda text: " ".join(text.lower().split()))                             # and signs
     return next(rule for rule in rules if rule(gold))
 
 

@@ -4,6 +4,7 @@ memory, one whole run."""
 import contextlib
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,9 @@ from extras.weights import load
 from rewards import lexical_similarity
 from tools import Sandbox, Tools
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and some tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)     # two wait for each other where another program is busy
 
 

@@ -136,10 +136,9 @@ class Run:
     def save_checkpoint(self) -> None:
         """Writes checkpoint/step-N.pt: all that the next step depends on."""
         start = time.perf_counter()
-        CLOCK.start("checkpoint")
-        state = self.weights() | {"step": self.learned, "random": self.randomness}
-        resume.save(self.folder, state | {"run": self.counters()})
-        CLOCK.stop("checkpoint")
+        with timed("checkpoint"):       # closed where the disk is full, too
+            state = self.weights() | {"step": self.learned, "random": self.randomness}
+            resume.save(self.folder, state | {"run": self.counters()})
         self.book()
         self.saved, self.saved_at = self.learned, time.perf_counter()
         self.saving = self.saved_at - start

@@ -4,16 +4,16 @@
     python arft.py --task mat-coding --eval-only --model DIR     evaluate a checkpoint
     python arft.py --help                                        every option
 
-What it teaches: the whole of agentic reinforcement learning, in the loop of `train` below:
+What it teaches: the whole of agentic reinforcement learning, by the method of Visual-ARFT (arXiv
+2505.14246). The loop of `train` below makes these calls:
 
     samples -> rollout -> rewards -> group advantages -> update
 
-for the method of Visual-ARFT (arXiv 2505.14246). Without a GPU it trains data/tiny on MAT-mini, for
-real and in minutes; name another model folder and data folder to train the paper's.
+Without a GPU the program trains data/tiny on MAT-mini in a few minutes. To train the paper's model
+you name its folder and a folder of MAT.
 
-What does not decide what is learned is handed to the loop as `Parts`: how episodes are cut into
-tensors, who steps the weights, who keeps the run folder. Everything about that stands in extras/,
-which you can skip. Left out: what more than one run at a time would need.
+`Parts` hands the loop what does not decide what is learned: how episodes are cut into tensors, who
+steps the weights, who keeps the run folder. extras/ has all that, and you can skip it.
 
 Read next: policy.py.
 """
@@ -58,7 +58,7 @@ class Config(Limits, Settings, Scoring, options.Machine):
     vision: Literal["frozen", "trained"] = "frozen"     # whether the vision tower is trained
     lr: float | None = None                 # learning rate; paper: 1e-6, with LoRA ten times that
     warmup: int = 5                         # steps over which the learning rate rises
-    lr_schedule: Literal["linear", "constant"] = "linear"       # paper: linear, down to zero
+    lr_schedule: Literal["linear", "constant"] = "linear"   # linear falls to zero; paper: linear
 
     @property
     def max_sampled(self) -> int:
@@ -129,7 +129,8 @@ def choose_weights(policy: Policy, config: Config) -> None:
 
 def batches(samples: list[Sample], config: Config) -> Iterator[list[Sample]]:
     """The samples of each step, endlessly, in a new random order each time round."""
-    order, waiting = random.Random(config.seed), []
+    order = random.Random(config.seed)
+    waiting = []
     while True:
         while len(waiting) < config.samples_per_step:
             waiting += order.sample(samples, len(samples))

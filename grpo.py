@@ -272,7 +272,8 @@ class Optimizer:
 
     def __init__(self, policy: Policy, lr: float, max_norm: float):
         self.weights = [w for w in policy.model.parameters() if w.requires_grad]
-        self.max_norm, self.adamw = max_norm, self.make(lr)
+        self.max_norm = max_norm
+        self.adamw = self.make(lr)
 
     def make(self, lr: float):
         """AdamW (arXiv 1711.05101) without weight decay."""

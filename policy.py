@@ -218,9 +218,11 @@ class Policy:
         frozen), rollout, updates and reference share one computation, stored as `image.features`.
         If it is False (the tower is trained), `image.features` is neither read nor written.
         """
-        stored = [image for image in images if self.keep_features and image.features is not None]
-        known, visual = {image: image.features for image in stored}, self.model.model.visual
-        for part in few_patches([image for image in dict.fromkeys(images) if image not in known]):
+        visual = self.model.model.visual
+        known = {image: image.features for image in images
+                 if self.keep_features and image.features is not None}
+        new = [image for image in dict.fromkeys(images) if image not in known]
+        for part in vision_batches(new):
             patches = torch.cat([image.patches for image in part]).to(self.device, visual.dtype)
             grid = torch.tensor([image.grid for image in part], device=self.device)
             merged = visual(patches, grid_thw=grid).pooler_output
@@ -275,11 +277,12 @@ class Policy:
         targets: last parts of names of linear layers, separated by commas ("q_proj,v_proj").
         PolicyError for a name that no layer has.
         """
-        wanted, found = {part.strip() for part in targets.split(",")}, set()
+        wanted = {part.strip() for part in targets.split(",")}
+        found = set()
         self.model.requires_grad_(False)
         for name, module in list(self.model.named_modules()):
-            last, linear = name.split(".")[-1], isinstance(module, torch.nn.Linear)
-            if linear and name.startswith(LANGUAGE) and last in wanted:
+            last = name.split(".")[-1]
+            if isinstance(module, torch.nn.Linear) and name.startswith(LANGUAGE) and last in wanted:
                 self.wrap(name, rank, alpha)
                 found.add(last)
         if wanted - found:
@@ -305,7 +308,7 @@ class Policy:
                 adapter.on = True
 
 
-def few_patches(images: list[ImageInput]) -> list[list[ImageInput]]:
+def vision_batches(images: list[ImageInput]) -> list[list[ImageInput]]:
     """Cuts a list of images into parts of at most PATCHES_AT_ONCE patches, or of one image."""
     parts, patches = [], PATCHES_AT_ONCE
     for image in images:
@@ -328,9 +331,8 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.float3
         raise PolicyError(
             f"{name} is a {config.model_type} model; this program is written for qwen2_5_vl")
     if "sliding_attention" in config.text_config.layer_types:
-        raise PolicyError(f"{name} has sliding-window attention, which this program does not "
-                          "support; set use_sliding_window to false in its config.json, as the "
-                          "published models have it")
+        raise PolicyError(f"{name} has sliding-window attention, which is not supported; set "
+                          "use_sliding_window to false in its config.json, as published models do")
     model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(name)

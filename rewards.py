@@ -131,7 +131,7 @@ def score_answer(prediction: str | None, golds, scorer: str = "official",
     else:
         pairs = [(f1(prediction, gold, chinese), exact_match(prediction, gold, chinese))
                  for gold in golds]
-    best_f1, best_em = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    best_f1, best_em = map(max, zip(*pairs))
     return (1.0 if best_em else best_f1), best_em
 
 
@@ -256,7 +256,8 @@ def episode_reward(episode, scoring: Scoring | None = None, *, rotation_credit: 
     (the model did not write its end-of-turn token) earns nothing, and an episode that never answers
     has no answer reward. tests/test_battery.py plays what a policy might try instead.
     """
-    scoring, sample = scoring or Scoring(), episode.sample
+    scoring = scoring or Scoring()
+    sample = episode.sample
     if scoring.answer_metric not in ("f1", "em"):
         raise ValueError(f"unknown answer_metric '{scoring.answer_metric}'; it is f1 or em")
     turns = [turn for turn in episode.turns if turn.finished]
@@ -270,11 +271,7 @@ def episode_reward(episode, scoring: Scoring | None = None, *, rotation_credit: 
     if sample.queries:
         queries = [turn.action.value for turn in turns if turn.action.kind == "search"]
         parts["query"] = query_reward(queries, sample.queries, similarity)
-
-    def weighed(name: str) -> float:
-        return scoring.weight.get(name, 1.0) * parts.get(name, 0.0)
-    total = (weighed("answer") + weighed("format")                          # Eq. (5), and ours:
-             + weighed("problem") + weighed("query"))
+    total = sum(scoring.weight.get(name, 1.0) * part for name, part in parts.items())   # Eq. (5)
     return Reward(total, parts | {"em": em})
 
 
@@ -289,7 +286,8 @@ def mean_ci95(values, seed: int = 0, resamples: int = 10_000) -> list[float]:
     and a benchmark of 12,576 questions needs no table of 12,576 x 10,000.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
-    n, rng = counts.sum(), np.random.default_rng(seed)
+    n = counts.sum()
+    rng = np.random.default_rng(seed)
     drawn = rng.multinomial(n, counts / n, size=resamples)              # [resamples, distinct]
     return [float(x) for x in np.percentile(drawn @ distinct / n, [2.5, 97.5])]
 

@@ -48,7 +48,7 @@ PASSAGE_CHARACTERS = 1000       # of each passage; those of an encyclopedia have
 @dataclass
 class Limits:
     """How an episode is sampled, and when it ends."""
-    temperature: float = 1.0        # of sampling and training log-probs alike; paper: 1
+    temperature: float = 1.0        # divides the logits, here and in training; paper: 1
     max_new_tokens: int = 256       # tokens that the model may write in one turn; paper: 256
     max_turns: int = 5              # turns in an episode; paper: 5, in evaluation
     max_length: int = 4096          # tokens in an episode; an observation that does not fit ends it
@@ -249,7 +249,8 @@ def add_observations(policy: Policy, episodes: list[Episode], observations: list
         if len(episode.ids) + len(ids) >= limits.max_length:
             episode.ended = "length"        # nothing is truncated, least of all inside an image
             continue
-        turn.observation, episode.view = text, view or episode.view
+        turn.observation = text
+        episode.view = view or episode.view
         episode.append(ids, mask=0, images=images,
                        holders=sum(map(policy.image_tokens, images)))
 
@@ -282,7 +283,8 @@ def rollout(policy: Policy, samples: list[Sample], *, group_size: int = 1,
             limits: Limits = DEFAULT_LIMITS, tools: Tools,
             generator: torch.Generator) -> list[Episode]:
     """Samples `group_size` neighbouring episodes for each sample: all turns, tools in the loop."""
-    prompts, rows = begin(policy, samples), Rows(policy, limits.max_new_tokens)
+    prompts = begin(policy, samples)
+    rows = Rows(policy, limits.max_new_tokens)
     rows.feed(prompts)              # computes each prompt once ...
     rows.repeat(group_size)         # ... for its whole group
     episodes = live = [fork(prompt) for prompt in prompts for _ in range(group_size)]
@@ -345,8 +347,7 @@ class RowLayout:
 
     def minibatches(self, policy: Policy, episodes: list[Episode], count: int,
                     generator: torch.Generator) -> list[list[int]]:
-        """Indices of the episodes of each optimiser step of a pass, shuffled if there are several.
-        """
+        """Indices of the episodes of each optimiser step; shuffled if there are several steps."""
         order = torch.arange(len(episodes))
         if count > 1:
             order = torch.randperm(len(episodes), generator=generator, device=generator.device)

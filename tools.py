@@ -95,7 +95,8 @@ def read_tags(turn: str) -> tuple[dict[str, tuple[int, int]], str | None]:
         if closing and name != opened:
             return spans, f"</{name}> comes without <{name}>"
         if closing:
-            spans[name], opened = (start, tag.start()), None
+            spans[name] = (start, tag.start())
+            opened = None
             continue
         if opened:
             return spans, f"<{name}> begins before <{opened}> is closed"
@@ -153,8 +154,7 @@ class Passage:
 
 
 class SearchError(Exception):
-    """One search failed. The model is shown the text ("Search failed: ..."); the episode continues.
-    """
+    """One search failed. The model reads why ("Search failed: ..."), and the episode continues."""
 
 
 class SearchBackend(Protocol):

@@ -178,7 +178,7 @@ class Rows:
         policy, known = self.policy, self._lengths(len(episodes))
         pieces = [episode.ids[start:] for episode, start in zip(episodes, known)]
         images = [new_images(policy, episode, piece) for episode, piece in zip(episodes, pieces)]
-        features = iter(see(policy, [image for row in images for image in row]))
+        features = iter(encode_images(policy, [image for row in images for image in row]))
         positions = [policy.positions(episode.ids, episode.images)[:, start:]
                      for episode, start in zip(episodes, known)]
         length = max(map(len, pieces))
@@ -320,7 +320,7 @@ class Rows:
 
 
 @timed("vision")
-def see(policy, images: list) -> list[torch.Tensor]:
+def encode_images(policy, images: list) -> list[torch.Tensor]:
     """The features of the images, [image tokens, D] each."""
     return policy.features(images)
 

@@ -189,7 +189,7 @@ class Optimizer(grpo.Optimizer):
         return stats | {"grad_norm": norm}
 
 
-def in_step(layout):
+def equal_minibatches(layout):
     """The layout, with as many minibatches on every rank as on the rank that has the most.
 
     A rank with fewer gets empty ones: it has no gradient of its own, and steps with the others.
@@ -287,10 +287,7 @@ def restore(run) -> None:
         group = adamw.param_groups[0]
         load_state(run.policy.model, adamw, by_name(saved, list(weights), group))
     if saved["ranks"] == size() and rank() == 0:
-        run.generator.set_state(saved["random"]["generator"])
-        torch.set_rng_state(saved["random"]["torch"])
-        if saved["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+        resume.set_random_states(run.generator, saved["random"])
     else:
         run.generator.manual_seed(seed_of(run.config) + saved["step"])
 

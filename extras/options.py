@@ -29,10 +29,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from data import mat
-from extras import files, record, resume, search, setup, weights
+from extras import files, resume, search, setup, weights
 from extras.resume import RunError
-from extras.setup import (
-    UsageError, choose_parts, flag_of, leaf, load_policy, load_samples, open_run, open_tools)
+from extras.setup import choose_parts, load_policy, load_samples, open_run, open_tools
+from extras.usage import MEMORY_OPTIONS, UsageError, flag_of, leaf
 from policy import PolicyError
 from tools import SandboxError
 
@@ -59,13 +59,12 @@ class Machine:
                                     # keeping it; a third more arithmetic, less memory
     update: Literal["rows", "tree"] | None = None   # tree: a group's prompt goes through the model
                                     # once (extras/tree.py); rows: each episode by itself
-    cuda_graph: OnOff = "off"       # on: record a step of decoding on the GPU and replay it; no GPU
-                                    # has run this yet
+    cuda_graph: OnOff = "off"       # on: record a step of decoding on the GPU and replay it
     # the run folder
     out: str | None = None          # run folder, must not exist; default: runs/<task>-<date>-<time>
     resume: str | None = None       # continue this run folder from its last checkpoint
-    save_every: int | None = None   # steps between checkpoints; 0: as often as 5% of the time lets;
-                                    # always 1 with LoRA
+    save_every: int | None = None   # steps between checkpoints (default with LoRA: 1); 0: as often
+                                    # as checkpoints take at most 5% of the time
     eval_every: int = 0             # steps between evaluations; 0: only before and after training
     eval_samples: int = 0           # evaluate on the first N held-out samples; 0: on all
     eval_sampled: OnOff = "on"      # evaluate at temperature 1 as well; off halves the time
@@ -216,7 +215,7 @@ def parse(config_type: type, arguments: list[str]):
     if setup.processes() > 1:
         many = leaf("many", "torchrun")
         many.join(config)
-        many.Run.explain = staticmethod(explained)
+        many.Run.explain = staticmethod(explanation_of)
     check(config)
     return config
 
@@ -368,16 +367,15 @@ INSTEAD = {"check_data": check_data, "plan": print_plan, "save_merged": save_mer
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def explained(error: BaseException) -> tuple[int, str] | None:
+def explanation_of(error: BaseException) -> tuple[int, str] | None:
     """(exit code, message) of an error that needs no stack trace: bad input, a GPU too small."""
     known = (UsageError, PolicyError, SandboxError, search.SearchRefused, RunError, mat.DataError)
-    if report := record.leaf("report"):
+    if report := leaf("report"):
         known += (report.ReportError,)
     if isinstance(error, torch.OutOfMemoryError):
-        plan = record.leaf("plan")
+        plan = leaf("plan")
         return 1, (plan.out_of_memory_message(explains_errors.config, error) if plan else
-                   "the GPU's memory is full; lower --rollout-batch, --eval-batch or "
-                   "--micro-batch-tokens, or use --lora-rank 16")
+                   f"the GPU's memory is full; lower {MEMORY_OPTIONS}")
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; the last checkpoint has what was learned until then"
     return (2, str(error)) if isinstance(error, known) else None
@@ -392,7 +390,7 @@ def explains_errors(main):
         except KeyboardInterrupt:       # before the run began, or a second one
             return 130
         except Exception as error:
-            known = explained(error)
+            known = explanation_of(error)
             if not known:
                 raise
             print(f"arft.py: {known[1]}", file=sys.stderr)
@@ -400,4 +398,4 @@ def explains_errors(main):
     return call
 
 
-explains_errors.config = None           # of the run in this process, for `explained`
+explains_errors.config = None           # of the run in this process, for `explanation_of`

@@ -27,6 +27,7 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from extras.engine import PREFILL_TOKENS
+from extras.usage import MEMORY_OPTIONS, flag_of
 from extras.weights import adapter_config
 from grpo import AT_ONCE
 from policy import LANGUAGE, LORA_TARGETS, PATCHES_AT_ONCE, PolicyError
@@ -363,11 +364,12 @@ def plan_lines(options) -> list[str]:
     trained = (f"LoRA of rank {options.lora_rank}, {shape.adapters / 1e6:.1f} M weights"
                if options.lora_rank else "all weights")
     lines = [
-        f"plan:   {options.model}: {shape.total:,} weights ({shape.vision:,} vision); trained: "
-        f"{trained}",
+        f"plan:   {options.model}: {shape.total:,} weights ({shape.vision:,} vision)",
+        f"        trained: {trained}",
         f"step:   {options.samples_per_step} x {options.group_size} episodes of {episode.prompt} "
-        f"prompt tokens, {episode.sampled} sampled and {episode.observed} observed; "
-        f"{episode.images} images of {SIDE} x {SIDE}; {options.rollout_batch} at once",
+        f"prompt tokens, {episode.sampled} sampled and {episode.observed} observed",
+        f"        {episode.images} images of {SIDE} x {SIDE}; "
+        f"{options.rollout_batch} episodes side by side",
         "", *table_lines(memory), "",
         f"peak:   {peak_bytes(memory) / 1e9:.1f} GB in torch's tensors, and about 1 GB for CUDA; "
         f"{device} has {DEVICES[device] / 1e9:.0f} GB"]
@@ -392,7 +394,7 @@ def smaller_settings(shape: Shapes, options) -> list[tuple[str, dict]]:
     changed fields)."""
     def half(name: str) -> tuple[str, dict]:
         value = getattr(options, name) // 2
-        return f"--{name.replace('_', '-')} {value}", {name: value}
+        return f"{flag_of(name)} {value}", {name: value}
     settings = [half("eval_batch")] if options.eval_batch > 1 else []
     if options.rollout_batch >= 2 * options.group_size:
         settings.append(half("rollout_batch"))
@@ -433,8 +435,7 @@ def out_of_memory_message(options, error: Exception) -> str:
     try:
         shape = shapes_of(model_config(options.model), options)
     except PolicyError as reason:
-        return (f"the GPU's memory is full ({reason}); lower --rollout-batch, --eval-batch or "
-                "--micro-batch-tokens, or use --lora-rank 16")
+        return f"the GPU's memory is full ({reason}); lower {MEMORY_OPTIONS}"
     memory = memory_by_phase(shape, options)
     likely = [phase for phase in PLAN_PHASES.get(where, memory) if phase in memory]
     place = f" ({where})" if where else ""

@@ -19,8 +19,7 @@ import subprocess
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from importlib import import_module
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from extras import files, metrics, resume, weights
 from extras.engine import CLOCK, timed
 from extras.resume import RunError
+from extras.usage import leaf
 from grpo import frozen_logp
 from rewards import SCORERS, score_answer, summarize
 from rollout import Episode
@@ -38,15 +38,10 @@ from tools import SearchError
 
 HERE = Path(__file__).parent
 INPUT_SIDE = 512            # pixels: the run folder keeps an input image at most this large
-CHECKPOINT_SHARE = 0.05     # of the time goes into checkpoints, where --save-every 0 lets it
-REPORT_SHARE = 0.05         # of the time goes into the page of a run that is still going
+CHECKPOINT_SHARE = 0.05     # the most of the time that checkpoints take, if --save-every is 0
+REPORT_SHARE = 0.05         # the most of the time that report.html takes during a run
+RECORD_TOKENS = True        # keep each step's first group in tokens.jsonl; costs one forward pass
 SHOWN = ("before", "after")     # the evaluations whose episodes and predictions are kept
-
-
-def leaf(name: str):
-    """A module of extras/ that may have been deleted; None if it is not there."""
-    with suppress(ModuleNotFoundError):
-        return import_module(f"extras.{name}")
 
 
 class Run:
@@ -118,7 +113,7 @@ class Run:
 
     def restore(self, state: dict | None) -> None:
         """Takes the folder and the counters back to a checkpoint; None: to the run's beginning."""
-        resume.settle(self.folder)
+        resume.repair_folder(self.folder)
         kept = state["run"] if state else {}
         resume.cut_to_checkpoint(self.folder, self.learned, kept.get("lengths", {}))
         if state:
@@ -128,7 +123,7 @@ class Run:
             self.started -= kept["seconds"]
 
     def checkpoint_due(self) -> bool:
-        """After every --save-every steps; with 0 as often as CHECKPOINT_SHARE of the time lets."""
+        """Every --save-every steps; with 0 so that saving takes CHECKPOINT_SHARE of the time."""
         if self.config.save_every:
             return self.done % self.config.save_every == 0
         return CHECKPOINT_SHARE * (time.perf_counter() - self.saved_at) >= self.saving
@@ -139,7 +134,7 @@ class Run:
         with timed("checkpoint"):       # closed where the disk is full, too
             state = self.weights() | {"step": self.learned, "random": self.randomness}
             resume.save(self.folder, state | {"run": self.counters()})
-        self.book()
+        self.take_seconds()
         self.saved, self.saved_at = self.learned, time.perf_counter()
         self.saving = self.saved_at - start
 
@@ -147,7 +142,7 @@ class Run:
         """Trained weights and optimiser state, for a checkpoint."""
         return resume.learned(self.policy, self.optimizer)
 
-    def book(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[str, float]:
         """Adds the seconds since the last call to the run's, and returns them by phase."""
         taken = CLOCK.take()
         for phase, seconds in taken.items():
@@ -171,7 +166,7 @@ class Run:
                 self.evaluate_midway(step)
                 if step >= self.config.steps:
                     break
-                self.book()
+                self.take_seconds()
                 self.step_started = time.perf_counter()
                 yield step, self.share(samples)
                 bar.update()
@@ -197,7 +192,7 @@ class Run:
         """Writes down a step: its metrics, every episode, the first group token by token."""
         CLOCK.stop("update")
         lr = self.optimizer.adamw.param_groups[0]["lr"]
-        own = episodes[:self.config.group_size]
+        own = episodes[:self.config.group_size] if RECORD_TOKENS else []
         logps = frozen_logp(self.policy, own, self.config.temperature, self.layout)
         tokens = [metrics.token_record(self.policy, episode, logp)
                   for episode, logp in zip(own, logps)]
@@ -207,7 +202,7 @@ class Run:
         advantages = metrics.rounded(self.gather(advantages.tolist()))
         seconds = time.perf_counter() - self.step_started
         step = metrics.step_metrics(self.done + 1, episodes, rewards, stats | {"lr": lr}, seconds,
-                                    self.book(), self.config.group_size)
+                                    self.take_seconds(), self.config.group_size)
         found = metrics.warnings_of([*self.metrics, step], self.logp_limit)
         step |= {"warnings": found} if found else {}
         self.append("metrics.jsonl", step)
@@ -252,7 +247,7 @@ class Run:
 
     def record_evaluation(self, name: str, summary: dict, rows: list[dict]) -> None:
         """Keeps the scores and, of rows (`episode_record`s), every prediction; and best/."""
-        self.book()
+        self.take_seconds()
         self.summary[name] = metrics.rounded(summary)
         self.curve = [point for point in self.curve if point["step"] < self.done]
         self.curve.append({"step": self.done, "greedy": summary["em"],
@@ -337,7 +332,8 @@ class Run:
                 "reward": metrics.rounded({"total": reward.total, **reward.parts})}
 
     def refresh_report(self) -> None:
-        """Remakes report.html of a run that is still going, as often as REPORT_SHARE lets."""
+        """Remakes report.html during the run, if the last time took under REPORT_SHARE of the time
+        since."""
         start = time.perf_counter()
         if REPORT_SHARE * (start - self.shown_at) >= self.showing:
             self.write_report()

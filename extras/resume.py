@@ -25,11 +25,13 @@ import signal
 import zipfile
 import zlib
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from extras.usage import flag_of, leaf
+
+START = {"versions", "commit", "fingerprint", "resumed"}    # in config.json beside the options
 KEPT = 2                            # checkpoints: if the newest cannot be read, there is one more
 LINE_FILES = (".jsonl", ".csv")     # files of the run folder that only grow
 NEW, OLD = ".new", ".old"           # what is being written, what is being replaced
@@ -79,7 +81,7 @@ def write_text(path: Path, text: str) -> None:
 def write_folder(path: Path, write) -> None:
     """Replaces a folder by what `write(folder)` writes, as a whole or not at all.
 
-    `settle` ends what a kill left undone.
+    `repair_folder` ends what a kill left undone.
     """
     new, old = (path.with_name(path.name + end) for end in (NEW, OLD))
     shutil.rmtree(new, ignore_errors=True)
@@ -102,7 +104,7 @@ def write_folder(path: Path, write) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def settle(folder: Path) -> None:
+def repair_folder(folder: Path) -> None:
     """After a kill: moves a replaced folder back into its place, removes what is half written."""
     for old in folder.glob("*" + OLD):
         if not old.with_suffix("").exists():
@@ -173,7 +175,7 @@ def open_checkpoint(config, origin: dict) -> dict | None:
     kept = json.loads((folder / "config.json").read_text())
     for name, value in origin.items():
         if kept.get("fingerprint") and kept["fingerprint"].get(name) != value:
-            where, flag = getattr(config, name) or config.model, f"--{name.replace('_', '-')}"
+            where, flag = getattr(config, name) or config.model, flag_of(name)
             raise RunError(f"--resume {folder}: {where} is not the {name.replace('_', ' ')} that "
                            f"the run began with. Bring that back, or name where it is now: {flag} "
                            "PATH")
@@ -212,6 +214,14 @@ def random_states(generator: torch.Generator) -> dict:
             "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
 
 
+def set_random_states(generator: torch.Generator, states: dict) -> None:
+    """The reverse of `random_states`."""
+    generator.set_state(states["generator"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
 def restore(run) -> None:
     """Gives policy, optimiser and random states what the checkpoint `run.state` holds.
 
@@ -220,12 +230,9 @@ def restore(run) -> None:
     state = run.state
     if run.alone and state["ranks"] == 1:
         restore_learned(run.policy, run.optimizer, state)
-        run.generator.set_state(state["random"]["generator"])
-        torch.set_rng_state(state["random"]["torch"])
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        set_random_states(run.generator, state["random"])
     else:                       # written by several processes, or read by several
-        import_module("extras.many").restore(run)
+        leaf("many", "a checkpoint that several processes wrote").restore(run)
 
 
 def restore_learned(policy, optimizer, state: dict) -> None:
@@ -321,6 +328,10 @@ def resumed(given: dict, config_type: type):
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"--resume {folder}: its config.json cannot be read ({error}); name the "
                        "folder of a run, or start a new one without --resume") from None
+    for name in sorted(kept.keys() - names - START):    # or what it chose would be lost in silence
+        raise RunError(f"--resume {folder}: its config.json has {name}, an option that this "
+                       f"version does not know. Check out the commit of the run "
+                       f"({kept.get('commit')}) to resume it")
     config.resume = config.out = str(folder)
     for name, value in given.items():
         if name in MAY_DIFFER:
@@ -337,7 +348,7 @@ def resumed(given: dict, config_type: type):
 
 def refuse(name: str, value, kept) -> None:
     """Raises RunError for an option that would make it another run."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     raise RunError(f"{flag} {value}: the run that you resume has {kept}, and another value would "
                    f"make it another run. Leave {flag} out, or start a new run")
 

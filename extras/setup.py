@@ -9,7 +9,6 @@ import os
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import transformers
 import rewards
 from data import mat, mini, mini_search
 from extras import engine, record, resume, search, weights
+from extras.usage import UsageError, flag_of, leaf
 from grpo import Optimizer
 from policy import SEARCH_PROMPT, SYSTEM_PROMPT, Policy
 from rollout import RowLayout, rollout
@@ -28,6 +28,7 @@ TINY, TINY_SEARCH = HERE / "data" / "tiny", HERE / "data" / "tiny-search"
 HUB_MODEL, HUB_DATA = "Qwen/Qwen2.5-VL-3B-Instruct", "laolao77/MAT"
 HUB_QA = "RUC-NLPIR/FlashRAG_datasets"
 HUB_SIMILARITY = "sentence-transformers/all-MiniLM-L6-v2"
+REPLAY_MISS = "ask"         # a search that --replay lacks: "ask" the back end, or "skip" it
 SERPER_KEY = "SERPER_API_KEY"       # the environment variable; options are written down, keys not
 OFF = "off; programs return the image as it is, searches find nothing"
 
@@ -37,26 +38,6 @@ DEFAULTS = {
     "lr": (2e-4, 1e-6), "lora_rank": (0, 16), "inner_epochs": (2, 1), "minibatches": (2, 1),
     "threads": (1, 0), "passages": (2, 4), "save_every": (1, 0), "checkpointing": ("off", "on"),
     "update": ("rows", "tree"), "micro_batch_tokens": (2048, 8192)}
-
-
-class UsageError(ValueError):
-    """An option that cannot be; the message says which and what would do."""
-
-
-def flag_of(name: str) -> str:
-    """The option's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def leaf(name: str, option: str):
-    """A module of extras/ that may have been deleted. UsageError says which option needs it."""
-    try:
-        return import_module(f"extras.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"extras.{name}":
-            raise
-        raise UsageError(f"{option} needs extras/{name}.py, which is missing here. Bring the file "
-                         "back, or leave the option out") from None
 
 
 def processes() -> int:
@@ -113,7 +94,7 @@ def choose_numbers(config, small: bool) -> None:
     for name, (for_small, for_others) in DEFAULTS.items():
         if getattr(config, name) is None:
             setattr(config, name, for_small if small else for_others)
-            if name == "update" and not record.leaf("tree"):
+            if name == "update" and not leaf("tree"):
                 config.update = "rows"
     if lr_is_open and config.lora_rank:
         config.lr *= 10         # B starts at zero: LoRA learns at about ten times the rate
@@ -127,7 +108,7 @@ def choose_numbers(config, small: bool) -> None:
 
 def planned_batch(config) -> int:
     """How many episodes fit side by side by the plan; 16 where the plan's leaf is missing."""
-    plan = record.leaf("plan")
+    plan = leaf("plan")
     return plan.largest_rollout_batch(config) if plan else 16
 
 
@@ -245,7 +226,7 @@ def choose_search(config):
     elif key and config.task != "mat-coding":
         backend = search.Serper(key)
     if config.replay:
-        return search.Replay(config.replay, backend)
+        return search.Replay(config.replay, backend, REPLAY_MISS)
     if backend is None and config.task != "mat-coding":
         raise UsageError(
             f"task {config.task} needs something to search: --corpus FILE (passages, offline), the "
@@ -333,7 +314,8 @@ def choose_parts(config, policy: Policy, run: record.Run, tools: Tools) -> dict:
         optimizer = weights.Optimizer
     if processes() > 1:
         many = leaf("many", "torchrun")
-        layout, optimizer, seed = many.in_step(layout), many.Optimizer, many.seed_of(config)
+        layout, optimizer = many.equal_minibatches(layout), many.Optimizer
+        seed = many.seed_of(config)
     engine.Rows.cuda_graph = config.cuda_graph == "on"
     generator = torch.Generator(policy.device).manual_seed(seed)
     run.layout, run.reward, run.generator, run.search = layout, reward, generator, tools.search

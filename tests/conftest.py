@@ -137,7 +137,8 @@ def pytest_configure(config):
 def pytest_sessionfinish(session, exitstatus):
     """The suite fails where the other process failed."""
     if hasattr(session.config, "elsewhere"):
-        session.exitstatus = max(exitstatus, session.config.elsewhere.wait())
+        code = session.config.elsewhere.wait()      # below 0 where a signal ended it
+        session.exitstatus = exitstatus or (code if code >= 0 else 1)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -146,3 +147,4 @@ def pytest_terminal_summary(terminalreporter, config):
         config.elsewhere_says.seek(0)
         terminalreporter.section("in another process: " + " ".join(ELSEWHERE))
         terminalreporter.write(config.elsewhere_says.read())
+        terminalreporter.write_line(f"the other process ended with code {config.elsewhere.wait()}")

@@ -356,7 +356,7 @@ MUTANTS = [
            ("test_grpo.py::test_groups_of_equal_rewards_are_dropped_or_kept",)),
     Mutant("resume_forgets_the_generator", "a resumed run samples other episodes",
            "extras/resume.py",
-           'run.generator.set_state(state["random"]["generator"])', "pass",
+           'generator.set_state(states["generator"])', "pass",
            ("test_resume.py::test_kill_9_in_the_middle_of_a_step",)),
     Mutant("resume_forgets_the_place_in_the_data", "a resumed run begins the data anew",
            "extras/record.py", "enumerate(batches)", "enumerate(batches, first)",

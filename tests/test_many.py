@@ -72,7 +72,7 @@ def step(policy, reference, optimizer, episodes, advantages, config):
         true()
     optimizer.adamw.step = record
     layout = RowLayout(700)
-    layout = many.in_step(layout) if many.size() > 1 else layout
+    layout = many.equal_minibatches(layout) if many.size() > 1 else layout
     stats = grpo.update(policy, reference, episodes, advantages, config, optimizer=optimizer,
                         layout=layout, generator=torch.Generator().manual_seed(0))
     optimizer.adamw.step = true

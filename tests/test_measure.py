@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -16,10 +17,20 @@ from PIL import Image
 import bench_search
 import bench_tools
 import bench_update
+import conftest
 import picture_episode
 import plot_runs
 import soak
 from extras.search import Corpus
+
+
+@pytest.mark.parametrize("own, other, code", [(0, "exit 0", 0), (0, "exit 1", 1), (1, "exit 0", 1),
+                                              (0, "kill -9 $$", 1), (2, "kill -9 $$", 2)])
+def test_the_suite_fails_where_its_other_process_fails(own, other, code):
+    config = SimpleNamespace(elsewhere=subprocess.Popen(["sh", "-c", other]))
+    session = SimpleNamespace(config=config, exitstatus=own)
+    conftest.pytest_sessionfinish(session, own)
+    assert session.exitstatus == code
 
 
 def test_rows_and_trees_do_the_same_work(capsys):

@@ -8,10 +8,11 @@ import re
 
 import pytest
 
-from arft import Config
+from arft import Config, main
 from conftest import ROOT
 from coursework.__main__ import LEFT_OUT
-from extras import options
+from extras import options, plan, setup
+from extras.metrics import ENDINGS, LINE
 
 READMES = ["README.md", "extras/README.md", "tests/README.md"]
 TEACHERS = ["tests/mutants.md", "tests/coursework/README.md"]
@@ -138,6 +139,52 @@ def sections(text: str) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- what the program prints ----------------------------------------------------------------------
+
+STEP_LINE = re.compile(
+    r"step +\d+  reward \d\.\d\d  EM \d\.\d\d(?P<part>  (problem|query) \d\.\d\d)?"
+    r"(?P<kl>  KL \d+\.\d{3})?(?P<entropy>  entropy \d\.\d\d)?(?P<tools>  tools \d+)?"
+    r"(  failed \d+)?" + "".join(f"(  {said} \\d+)?" for said in ENDINGS.values() if said)
+    + r"(  zero-variance \d+)?(?P<seconds>  \d+\.\d s)?(  !( [\w-]+)+)?")
+MOST_IMPORTANT_FIRST = ("tools", "seconds", "part", "kl", "entropy")
+
+
+def could_be_printed(line: str) -> bool:
+    """Whether metrics.step_line can print it: what gives way first is gone before the rest."""
+    match = STEP_LINE.fullmatch(line)
+    there = [match[name] is not None for name in MOST_IMPORTANT_FIRST] if match else [False, True]
+    return there == sorted(there, reverse=True) and len(line) <= LINE
+
+
+def test_step_lines_are_told_from_others(short_run):
+    printed = [line for line in short_run.said.split("\n") if line.startswith("step ")]
+    assert len(printed) == 2 and all(map(could_be_printed, printed))
+    assert not could_be_printed(printed[0].replace("  tools", "  calls"))
+    assert not could_be_printed(re.sub(r"  tools \d+", "", printed[0]))
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_step_lines_of_a_page_are_lines_that_the_program_prints(page):
+    lines = [line for line in TEXT[page].split("\n") if re.match(r"step +\d+  reward", line)]
+    assert len(lines) > 5 or page != "README.md"
+    assert not [line for line in lines if not could_be_printed(line)]
+
+
+def test_the_plan_of_the_manual_is_what_the_program_prints(capsys):
+    block, = re.findall(r"^\$ python arft\.py (--plan .*)\n((?:.*\n)*?)```",
+                        TEXT["extras/README.md"], re.MULTILINE)
+    assert main(block[0].split()) == 0 and capsys.readouterr().out == block[1]
+
+
+def test_the_memory_message_of_the_manual_is_what_the_program_prints():
+    config = options.parse(Config, ["--model", setup.HUB_MODEL, "--lora-rank", "0", "--data", "x"])
+    setup.complete(config)
+    error = RuntimeError("out of memory")
+    error.phase = "update"
+    said = f"arft.py: {plan.out_of_memory_message(config, error)}\n"
+    assert f"```\n{said}```" in TEXT["extras/README.md"]
 
 
 # --- commands -------------------------------------------------------------------------------------

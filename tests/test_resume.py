@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import arft
+import extras
 from arft import Config, main
 from conftest import ROOT
-from extras import options, record, resume, setup
+from extras import options, record, resume, setup, usage
 from extras.engine import CLOCK
 from extras.resume import RunError
+from extras.usage import UsageError
 from test_tools import wait_for
 
 SHORT = ["--steps", "3", "--samples-per-step", "2", "--group-size", "2", "--max-new-tokens", "32",
@@ -322,6 +324,29 @@ def test_folders_that_are_no_run(tmp_path, capsys):
     assert "config.json cannot be read" in refused(capsys, "--resume", tmp_path)
 
 
+def test_options_of_another_version_are_not_dropped(never_stopped, tmp_path, capsys):
+    out = unfinished(never_stopped, tmp_path)
+    kept = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(kept | {"flat_groups": "keep"}))
+    said = refused(capsys, "--resume", out)
+    assert "has flat_groups, an option that this version does not know" in said
+    assert str(kept["commit"]) in said
+
+
+def test_a_checkpoint_of_several_processes_says_that_its_leaf_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "extras.many", None)
+    with pytest.raises(UsageError, match="several processes wrote needs extras/many.py"):
+        resume.restore(SimpleNamespace(alone=True, state={"ranks": 2}))
+
+
+def test_a_leaf_that_lacks_a_package_is_not_missing_itself(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("import no_such_package")
+    monkeypatch.setattr(extras, "__path__", [*extras.__path__, str(tmp_path)])
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        usage.leaf("broken")
+    assert usage.leaf("no_such_leaf") is None
+
+
 def test_a_run_that_is_still_running_is_left_alone(never_stopped, tmp_path, capsys):
     out = unfinished(never_stopped, tmp_path)
     with resume.locked(out):
@@ -376,7 +401,7 @@ def test_a_folder_is_old_or_new_never_half(tmp_path):
     assert [f.name for f in folder.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [folder]
     folder.rename(tmp_path / "best.old")        # killed between the two renames
     (tmp_path / "best.new").mkdir()
-    resume.settle(tmp_path)
+    resume.repair_folder(tmp_path)
     assert [f.name for f in folder.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [folder]
 
 

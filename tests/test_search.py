@@ -21,7 +21,8 @@ from extras.record import Evaluation
 from extras.search import (
     Corpus, Replay, SearchRefused, SentenceSimilarity, Serper, query_words)
 from extras.setup import (
-    SERPER_KEY, TINY, TINY_SEARCH, UsageError, choose_search, choose_similarity)
+    SERPER_KEY, TINY, TINY_SEARCH, choose_search, choose_similarity)
+from extras.usage import UsageError
 from extras.weights import load
 from rewards import Scoring, episode_reward, query_reward
 from rollout import Limits, Turn, information, rollout

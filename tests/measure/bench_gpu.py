@@ -38,7 +38,7 @@ from PIL import Image
 import grpo
 from arft import Config
 from bench_shapes import SHAPES, make_policy
-from extras.engine import Clock, Rows, see
+from extras.engine import Clock, Rows, encode_images
 from extras.tree import TreeLayout
 from extras.weights import checkpointing
 from rollout import Episode, Limits, decode_turn, fork
@@ -110,8 +110,9 @@ def sample_ours(policy, prompts, replies, args, meter, graph: str) -> list[Episo
     generator = torch.Generator(policy.device).manual_seed(0)
     rows = Rows(policy, args.tokens)
     rows.static = graph == "on" and policy.device.type == "cuda"
-    policy.keep_features = True     # `see` computes them, `feed` and the update find them
-    meter.run("vision", see, policy, [image for prompt in prompts for image in prompt.images])
+    policy.keep_features = True     # computed here; `feed` and the update find them
+    shown = [image for prompt in prompts for image in prompt.images]
+    meter.run("vision", encode_images, policy, shown)
     meter.run("prefill", rows.feed, prompts)
     meter.run("prefill", rows.repeat, args.group)
     episodes = [fork(prompt) for prompt in prompts for _ in range(args.group)]
@@ -129,7 +130,7 @@ def feed_replies(policy, rows, episodes, replies, meter) -> None:
     for episode, (ids, images) in zip(episodes, replies, strict=True):
         episode.append(ids, 0, images=images, holders=sum(map(policy.image_tokens, images)))
     shown = [image for _, images in replies for image in images]
-    meter.run("vision of replies", see, policy, shown)
+    meter.run("vision of replies", encode_images, policy, shown)
     meter.run("prefill of replies", rows.keep, list(range(len(episodes))))
     meter.run("prefill of replies", rows.feed, episodes)
 

@@ -90,8 +90,11 @@ def differences(old: list[dict], new: list[dict], tolerance: float) -> list[str]
 
 def compare(old: Path, new: Path) -> int:
     """Prints a line for each run. Returns how many are not the same."""
-    wrong = 0
-    for folder in sorted(path for path in old.iterdir() if path.is_dir()):
+    wrong, folders = 0, sorted(path for path in old.iterdir() if path.is_dir())
+    if not folders:
+        print(f"{old} holds no run: nothing was compared")
+        return 1
+    for folder in folders:
         other = new / folder.name
         if not (other / "metrics.jsonl").exists():
             found, note = ["there is no such run in the other folder"], ""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.mat import (FILES, LITERAL_NEWLINE, PROBLEMS, DataError, ParsedFile, counts_line, field,
                       find_file, open_image_file, parse_file, read_rows, split_of, text_list)
+from extras.metrics import ENDINGS
 from rewards import SCORERS, describe_splits, mean_ci95, score_answer
 
 # --- tables of scores -----------------------------------------------------------------------------
@@ -51,9 +52,22 @@ def summary_rows(summary: dict) -> list[tuple[str, dict]]:
     return rows
 
 
+def unanswered(summary: dict) -> list[str]:
+    """For each evaluation that has them, how many answers are missing, and why."""
+    lines = []
+    for name, scores in summary_rows(summary):
+        why = [f"{words} {scores['ended'][ending]}" for ending, words in ENDINGS.items()
+               if words and scores.get("ended", {}).get(ending)]
+        if why:
+            missing = scores["n"] - scores["ended"]["answer"]
+            lines.append(f"{name}: {missing} of {scores['n']} without an answer ({', '.join(why)})")
+    return lines
+
+
 def table(summary: dict) -> str:
     """The table of a run's summary.json for the terminal."""
-    return "\n".join([HEADER, *(score_row(name, scores) for name, scores in summary_rows(summary))])
+    rows = [score_row(name, scores) for name, scores in summary_rows(summary)]
+    return "\n".join([HEADER, *rows, *unanswered(summary)])
 
 
 # --- the data of a task ---------------------------------------------------------------------------

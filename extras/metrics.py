@@ -142,6 +142,7 @@ WINDOW = 3                  # steps: one odd step is noise, three in a row are n
 KL_HIGH = 0.5               # nats a token: five times the README's good runs, half of its bad run
 ENTROPY_LEFT = 0.1          # share of the first steps' entropy; good runs halve it
 TOOLS_LEFT = 0.05           # share of the most tool calls that there were
+ENDED_BADLY = 0.05          # share of the last steps' episodes; those of a good run find room
 LOGP_ERROR_FLOAT32 = 1e-2   # a hundred times what law 2 allows
 LOGP_ERROR_BFLOAT16 = 0.5   # rounds a logit of 16 to 32 by up to 0.06, in many layers, twice
 
@@ -156,7 +157,7 @@ def warnings_of(metrics: list[dict], logp_limit: float = LOGP_ERROR_FLOAT32) -> 
     >>> [[w["name"] for w in warnings_of([equal] * n)] for n in (1, 2, 3)]
     [[], [], ['zero-variance']]
     """
-    found = [*update_warnings(metrics), *drift_warnings(metrics)]
+    found = [*update_warnings(metrics), *drift_warnings(metrics), *ending_warnings(metrics)]
     error = metrics[-1].get("logp_error") or 0
     if error > logp_limit:
         found.append(("logp", "--device", (
@@ -195,6 +196,19 @@ def drift_warnings(metrics: list[dict]):
     if mean(calls[-WINDOW:]) < TOOLS_LEFT * most:
         yield "tools", "--beta", (f"the policy makes under {TOOLS_LEFT:.0%} of the tool calls that "
                                   "it made before. Raise --beta or lower --lr")
+
+
+def ending_warnings(metrics: list[dict]):
+    """Episodes that had no room to answer in the last WINDOW steps: (name, option, message)."""
+    last = [m["ended"] for m in metrics[-WINDOW:] if "ended" in m]
+    total = sum(sum(ended.values()) for ended in last)
+    reasons = {"length": ("--max-length", "the next observation did not fit"),
+               "cut": ("--max-new-tokens", "a turn was cut off before the model had ended it")}
+    for why, (option, reason) in reasons.items():
+        share = sum(ended[why] for ended in last) / max(total, 1)
+        if share > ENDED_BADLY:
+            yield why, option, (f"{share:.0%} of the last steps' episodes ended without an answer, "
+                                f"because {reason}. Raise {option}")
 
 
 def mean(values: list[float]) -> float:

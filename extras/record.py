@@ -454,16 +454,18 @@ class Evaluation:
     def row(self, i: int, episode: Episode) -> dict:
         """What is kept of the i-th episode: its answer, or all of it."""
         if self.mode == "sampled" or self.name not in SHOWN:
-            return {"answer": episode.answer}
+            return {"answer": episode.answer, "ended": episode.ended}
         return self.run.episode_record(self.name, i, episode, self.run.reward(episode), None, True)
 
     def scores(self) -> dict:
-        """The summary by the chosen scorer, the other's under its name, and exact match by damage.
-        """
+        """The summary by the chosen scorer, the other's under its name, exact match by damage, and
+        how many episodes ended why."""
         config, answers = self.run.config, [row["answer"] for row in self.rows]
         both = {scorer: summarize(answers, self.samples, scorer, config.task == "mat-coding")
                 for scorer in SCORERS}
         summary = both.pop(config.scorer) | both
+        summary["ended"] = {why: sum(row.get("ended") == why for row in self.rows)
+                            for why in metrics.ENDINGS}
         if any(sample.problems for sample in self.samples):
             summary["by_problem"] = em_by_problem(answers, self.samples, config.scorer)
         return summary

@@ -27,7 +27,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from extras.files import summary_rows
+from extras.files import summary_rows, unanswered
+from extras.metrics import ENDINGS
 
 LIMIT = 10_000_000          # bytes of the page
 EVALUATIONS_LIMIT = 4_500_000       # bytes of the held-out samples in it
@@ -264,9 +265,19 @@ def draw_charts(metrics: list[dict], evaluations: list[dict]) -> list[dict]:
         draw_chart("Exact match", "percent", matches, top=100),
         draw_chart("KL and entropy", "nats a token",
                    [("KL to the reference", "line", of("kl")), ("entropy", "line", of("entropy"))]),
+        draw_chart("Episodes without an answer", "percent of a step's episodes",
+                   ending_lines(metrics), top=100),
         draw_chart("Loss and gradient", "no unit",
                    [("gradient norm", "line", of("grad_norm")), ("loss", "line", of("loss"))])]
     return [chart for chart in drawn if chart]
+
+
+def ending_lines(metrics: list[dict]) -> list[tuple[str, str, list]]:
+    """The share of each ending other than an answer, for those that occur at all."""
+    counted = [(m["step"], m["ended"], sum(m["ended"].values())) for m in metrics if "ended" in m]
+    return [(words, "line", [(step, 100 * ended[why] / total) for step, ended, total in counted])
+            for why, words in ENDINGS.items()
+            if words and any(ended[why] for _, ended, _ in counted)]
 
 
 # --- episodes -------------------------------------------------------------------------------------
@@ -500,7 +511,8 @@ def render(folder: Path) -> str:
         config={"commit": ""} | options, steps=len(metrics),
         state=progress(config, summary, metrics), charts=draw_charts(metrics, evaluations),
         averaged=math.ceil(len(metrics) / CURVE_POINTS), rows=summary_rows(scores)[:60],
-        phases=seconds_by_phase(summary, metrics), warnings=warnings_by_name(metrics),
+        unanswered=unanswered(scores), phases=seconds_by_phase(summary, metrics),
+        warnings=warnings_by_name(metrics),
         **episode_browser(folder, environment.get_template("episode.html")))
 
 

@@ -195,6 +195,24 @@ def test_charts_have_reward_by_part_and_held_out_points():
                        "greedy, hard": 10, "greedy, simple": 40}
 
 
+def test_endings_without_an_answer_have_a_chart_and_a_line(tmp_path):
+    metrics = [{"step": 1, "ended": {"answer": 8, "cut": 0, "turns": 0, "length": 0}},
+               {"step": 2, "ended": {"answer": 5, "cut": 2, "turns": 0, "length": 1}}]
+    cut, length = report.ending_lines(metrics)
+    assert cut == ("cut off", "line", [(1, 0.0), (2, 25.0)])
+    assert length == ("too long", "line", [(1, 0.0), (2, 12.5)])
+    assert report.ending_lines(metrics[:1]) == []
+    scores = {"n": 8, "em": 0.5, "ended": metrics[1]["ended"],
+              "sampled": {"n": 8, "em": 0.5, "ended": metrics[0]["ended"]}}
+    said = "before, greedy: 3 of 8 without an answer (cut off 2, too long 1)"
+    assert files.table({"before": scores}).split("\n")[3:] == [said]
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["before"] |= {"n": 8, "ended": metrics[1]["ended"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert said in page_of(folder)
+
+
 def test_the_page_pairs_samples_shades_tokens_and_filters(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     assert page.count('data-result="right|became right"') == 2 and page.count('data-step="2"') == 2

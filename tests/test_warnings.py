@@ -4,13 +4,14 @@ on the screen; and what a run says of both."""
 import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
 
 import grpo
 from arft import Config, main
-from conftest import ROOT
+from conftest import ROOT, SHORT_RUN, made_run
 from extras import metrics, record, resume
 from extras.metrics import step_line, warnings_of
 from extras.options import flag_of
@@ -21,8 +22,9 @@ GOOD = {"zero_variance": 0.25, "kl": 0.1, "entropy": 0.16, "tool_calls": 60, "lo
 # a step without an update
 NOTHING = dict.fromkeys(("kl", "entropy", "logp_error", "skipped_updates"))
 ALL_BAD = {"kl": 1.0, "entropy": 0.0, "tool_calls": 0, "logp_error": 1.0, "skipped_updates": 4,
-           "zero_variance": 1.0}
-ALL_NAMES = ["grad", "zero-variance", "KL", "entropy", "tools", "logp"]
+           "zero_variance": 1.0, "ended": {"answer": 2, "cut": 3, "turns": 0, "length": 3}}
+ALL_NAMES = ["grad", "zero-variance", "KL", "entropy", "tools", "length", "cut", "logp"]
+ALL_ANSWER = {"answer": 100, "cut": 0, "turns": 0, "length": 0}
 
 
 def names(*steps: dict, **options) -> list[str]:
@@ -44,6 +46,15 @@ def names(*steps: dict, **options) -> list[str]:
     ([{}] * 3 + [{"tool_calls": 0}] * 3, ["tools"]), ([{}] * 3 + [{"tool_calls": 0}] * 2, []),
     ([{"tool_calls": 0}] * 9, []), ([{}] * 3 + [{"tool_calls": 4}] * 3, []),
     ([{}] * 4 + [{"tool_calls": 2}] * 3, ["tools"]),
+    ([{"ended": {"answer": 94, "cut": 0, "turns": 0, "length": 6}}], ["length"]),
+    ([{"ended": {"answer": 94, "cut": 6, "turns": 0, "length": 0}}], ["cut"]),
+    ([{"ended": {"answer": 0, "cut": 5, "turns": 90, "length": 5}}], []),
+    ([{"ended": {"answer": 90, "cut": 0, "turns": 0, "length": 10}}] + [{"ended": ALL_ANSWER}],
+     []),
+    ([{"ended": {"answer": 89, "cut": 0, "turns": 0, "length": 11}}] + [{"ended": ALL_ANSWER}],
+     ["length"]),
+    ([{"ended": {"answer": 0, "cut": 0, "turns": 0, "length": 9}}] + [{"ended": ALL_ANSWER}] * 3,
+     []),
     ([{"logp_error": 0.02}], ["logp"]), ([{"logp_error": 0.009}], []),
     ([{}] * 3 + [ALL_BAD] * 3, ALL_NAMES)])
 def test_warnings_by_hand(steps, wanted):
@@ -140,7 +151,7 @@ def test_what_never_gives_way_has_further_lines_where_it_needs_more_room():
         "         too long 3  ! KL entropy"]
     assert step_line(USUAL | {"tool_failures": 3} | warned_by(*ALL_NAMES)).split("\n") == [
         "step    1  reward 2.50  EM 0.50  failed 3",
-        "         ! grad zero-variance KL entropy tools logp"]
+        "         ! grad zero-variance KL entropy tools length cut logp"]
 
 
 # --- what a run says ------------------------------------------------------------------------------
@@ -151,6 +162,19 @@ def run_of(folder, *changes: dict):
     run = record.Run(Config(out=str(folder)))
     run.metrics = [{**USUAL, **step} for step in changes]
     return run
+
+
+def test_a_run_without_room_says_so_in_its_first_step_and_in_its_scores(tmp_path):
+    said = made_run(tmp_path / "run", *SHORT_RUN, "--steps", "1", "--max-length", "70").said
+    first, = [line for line in said.split("\n") if line.startswith("step    1")]
+    assert re.search(r"  too long [1-9].*! length", first)
+    assert "ended without an answer, because the next observation did not fit" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    ended = summary["before"]["sampled"]["ended"]
+    assert sum(ended.values()) == 6 and ended["length"] > 0
+    missing = 6 - ended["answer"]
+    assert f"before, sampled: {missing} of 6 without an answer (" in said
+    assert f"too long {ended['length']})" in said
 
 
 def test_a_warning_is_said_in_full_once_and_counted(tmp_path, capsys):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import grpo
+from extras.attention import batch_windows
 from policy import SYSTEM_PROMPT_FILE, Policy, PolicyError, read_system_prompt
 from policy import load as load_plain
 
@@ -47,6 +48,7 @@ def load(name: str, device: str = "cpu", dtype: torch.dtype | str = torch.float3
                           "check that the folder is complete (config.json, *.safetensors, "
                           "tokenizer.json, preprocessor_config.json) or that the hub can be "
                           "reached") from error
+    batch_windows(policy.model)
     policy.model.to(device)         # outside of `try`: the folder is not to blame for the device
     policy.barred = policy.barred.to(device)
     return policy

@@ -40,6 +40,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)    # they are kept: a rollout makes them, and an update needs them, too
 def sequences_by_length(bounds: tuple[int, ...]) -> list[torch.Tensor]:
     """The places of all sequences of one length, [sequences, length], for each length.
 

@@ -35,6 +35,15 @@ def test_a_window_sees_itself_alone():
         torch.testing.assert_close(seen[0, start:stop], by_hand)
 
 
+def test_what_a_rollout_has_computed_serves_an_update():
+    attention.sequences_by_length.cache_clear()
+    _, batched = towers(depth=2, whole=(1,))
+    patches, grid = inputs([(10, 14)])
+    with torch.inference_mode():
+        batched(patches, grid_thw=grid)
+    batched(patches, grid_thw=grid).pooler_output.sum().backward()
+
+
 def test_windows_of_one_size_share_a_call():
     counts = []
     for tower in towers(depth=4, whole=(1, 3)):

@@ -13,7 +13,7 @@ Without a GPU the program trains data/tiny on MAT-mini in a few minutes. To trai
 you name its folder and a folder of MAT.
 
 `Parts` hands the loop what does not decide what is learned: how episodes are cut into tensors, who
-steps the weights, who keeps the run folder. extras/ has all that, and you can skip it.
+steps the weights, who keeps the run folder. Variants stand in extras/, which you can skip.
 
 Read next: policy.py.
 """

@@ -29,25 +29,29 @@ def attend(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
 
     cu_seq_lens_q: where the sequences begin, and P at the end.
     """
-    packed = torch.cat([query, key, value])                                 # [3, heads, P, d]
-    out = torch.empty_like(query[0])                                        # [heads, P, d]
-    for rows in sequences_by_length(tuple(cu_seq_lens_q.tolist())):         # [sequences, length]
-        rows = rows.to(query.device)
-        q, k, v = packed[:, :, rows].transpose(1, 2)                # each [sequences, heads, ...]
-        seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
-        out = out.index_copy(1, rows.flatten(), seen.transpose(0, 1).flatten(1, 2))
-    return out.transpose(0, 1)[None], None
+    groups, back = sequences_by_length(tuple(cu_seq_lens_q.tolist()), query.device)
+    seen = []
+    for rows in groups:                                                 # [sequences, length]
+        q, k, v = (x[0, :, rows].transpose(0, 1) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        seen.append(out.transpose(1, 2).flatten(0, 1))                  # [their patches, heads, d]
+    return torch.cat(seen)[back][None], None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)        # every layer asks again
 @torch.inference_mode(False)    # they are kept: a rollout makes them, and an update needs them, too
-def sequences_by_length(bounds: tuple[int, ...]) -> list[torch.Tensor]:
-    """The places of all sequences of one length, [sequences, length], for each length.
+def sequences_by_length(bounds: tuple[int, ...],
+                        device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The places of all sequences of one length, [sequences, length], for each length; and [P],
+    where each place stands when these are put one behind the other.
 
-    >>> [rows.tolist() for rows in sequences_by_length((0, 2, 3, 5))]
-    [[[0, 1], [3, 4]], [[2]]]
+    >>> groups, back = sequences_by_length((0, 1, 3, 4), torch.device("cpu"))
+    >>> [rows.tolist() for rows in groups], back.tolist()
+    ([[[0], [3]], [[1, 2]]], [0, 2, 3, 1])
     """
     found = {}
     for start, stop in zip(bounds, bounds[1:]):
         found.setdefault(stop - start, []).append(range(start, stop))
-    return [torch.tensor([list(one) for one in rows]) for length, rows in found.items() if length]
+    groups = [torch.tensor([list(one) for one in rows]) for length, rows in found.items() if length]
+    back = torch.cat([rows.flatten() for rows in groups]).argsort()
+    return [rows.to(device) for rows in groups], back.to(device)

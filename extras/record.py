@@ -123,7 +123,7 @@ class Run:
             self.started -= kept["seconds"]
 
     def checkpoint_due(self) -> bool:
-        """Every --save-every steps; with 0 so that saving takes CHECKPOINT_SHARE of the time."""
+        """Every --save-every steps; with 0, so that saving takes at most CHECKPOINT_SHARE."""
         if self.config.save_every:
             return self.done % self.config.save_every == 0
         return CHECKPOINT_SHARE * (time.perf_counter() - self.saved_at) >= self.saving
@@ -332,8 +332,7 @@ class Run:
                 "reward": metrics.rounded({"total": reward.total, **reward.parts})}
 
     def refresh_report(self) -> None:
-        """Remakes report.html during the run, if the last time took under REPORT_SHARE of the time
-        since."""
+        """Remakes report.html during the run, so that this takes at most REPORT_SHARE."""
         start = time.perf_counter()
         if REPORT_SHARE * (start - self.shown_at) >= self.showing:
             self.write_report()

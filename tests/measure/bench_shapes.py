@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from extras.attention import batch_windows
 from policy import Policy
 
 TINY = ROOT / "data" / "tiny"
@@ -79,6 +80,7 @@ def make_policy(name: str, device: str = "cpu", dtype: torch.dtype = torch.float
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(
             make_config(name), dtype=dtype, attn_implementation="sdpa")
+    batch_windows(model)        # as extras/weights.py:load does
     # the published image processor: least and most pixels, two temporal patches
     sizes = {} if name == "tiny" else {
         "size": {"shortest_edge": 56 * 56, "longest_edge": 3584 * 3584}, "temporal_patch_size": 2}
